@@ -1,0 +1,31 @@
+"""`fastvlm bench`: how fast this machine is."""
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def _root() -> None:
+    """Measure encoder latency and time to first token on this machine."""
+
+
+@app.command()
+def ttft(
+    model: Annotated[str, typer.Option("--model", "-m", help="As for `fastvlm caption`.")] = "nano",
+    image: Annotated[
+        str | None, typer.Option(help="A picture; a generated one by default.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Measured runs, after two warm-up runs.")] = 10,
+    image_size: Annotated[int | None, typer.Option(help="Input side, a multiple of 64.")] = None,
+) -> None:
+    """Time to first token, part by part: medians over repeated runs in one process."""
+    from fastvlm_mlx.blas import load_openblas
+
+    load_openblas()
+    from .latency import measure_ttft
+
+    for name, (median, low, high) in measure_ttft(model, image, repeat, image_size).items():
+        print(f"{name:<12} {median:9.1f} ms   ({low:.1f} to {high:.1f})")

@@ -1,0 +1,76 @@
+"""FastVLM vision-language models in pure MLX.
+
+    import fastvlm_mlx as fv
+    vlm = fv.load("nano")
+    print(vlm.caption("photo.jpg"))
+
+Names are imported when first used, so that `fastvlm --help` does not wait for MLX.
+"""
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        CheckpointError,
+        FastVLMError,
+        HubError,
+        ImageError,
+        OptionError,
+        PromptError,
+        UnsupportedCheckpoint,
+    )
+    from .generation import Answer, Chunk, Options, Stream, Timings
+    from .prompt import IMAGE
+    from .vlm import EncodedImage, FastVLM, load
+
+_HOME = {
+    "Answer": "generation",
+    "CheckpointError": "errors",
+    "Chunk": "generation",
+    "EncodedImage": "vlm",
+    "FastVLM": "vlm",
+    "FastVLMError": "errors",
+    "HubError": "errors",
+    "IMAGE": "prompt",
+    "ImageError": "errors",
+    "OptionError": "errors",
+    "Options": "generation",
+    "PromptError": "errors",
+    "Stream": "generation",
+    "Timings": "generation",
+    "UnsupportedCheckpoint": "errors",
+    "load": "vlm",
+}
+__all__ = [
+    "IMAGE",
+    "Answer",
+    "CheckpointError",
+    "Chunk",
+    "EncodedImage",
+    "FastVLM",
+    "FastVLMError",
+    "HubError",
+    "ImageError",
+    "OptionError",
+    "Options",
+    "PromptError",
+    "Stream",
+    "Timings",
+    "UnsupportedCheckpoint",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version("fastvlm-mlx")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

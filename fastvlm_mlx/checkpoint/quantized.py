@@ -1,0 +1,108 @@
+"""Quantized tensors in a checkpoint: what they are, and back to floating point.
+
+A module is quantized if its file has `X.scales` beside `X.weight`; bits and group size follow
+from the shapes, only the mode needs the config (checkpoint notes, section 3.1).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from .tensors import TensorRef
+
+__all__ = ["Quantization", "dequantized", "quantization_of"]
+
+_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one module's weight is packed; the arguments of `mx.quantize`."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+
+def quantization_of(
+    refs: Mapping[str, TensorRef],
+    expected: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any] | None,
+) -> dict[str, Quantization]:
+    """Module name -> quantization. Raises CheckpointError if the parts do not fit together."""
+    return {
+        name: _one(name, refs, expected.get(f"{name}.weight"), config or {})
+        for name in (n.removesuffix(".scales") for n in refs if n.endswith(".scales"))
+    }
+
+
+def _one(
+    name: str,
+    refs: Mapping[str, TensorRef],
+    shape: tuple[int, ...] | None,
+    config: Mapping[str, Any],
+) -> Quantization:
+    weight, scales = refs.get(f"{name}.weight"), refs[f"{name}.scales"]
+    if shape is None and name.endswith("lm_head") and weight is not None:
+        # A tied checkpoint that stores its head as well: shaped like the embedding table.
+        shape = expected_rows(weight, scales, config)
+    if weight is None or shape is None or len(shape) != 2:
+        raise CheckpointError(f"{name}.scales quantizes nothing that this network knows.")
+    inputs = shape[1]
+    groups = scales.shape[-1]
+    bits, rest = divmod(weight.shape[-1] * 32, inputs)
+    if weight.dtype != "U32" or rest or bits not in (2, 3, 4, 5, 6, 8) or inputs % groups:
+        raise CheckpointError(
+            f"{name} looks quantized, but its weight {weight.dtype} {weight.shape} and scales "
+            f"{scales.shape} do not describe {shape}."
+        )
+    own = config.get(name)
+    mode = (own if isinstance(own, Mapping) else config).get("mode", "affine")
+    if mode not in _MODES:
+        raise CheckpointError(
+            f"{name} is quantized as {mode!r}; expected one of {', '.join(_MODES)}."
+        )
+    if (mode == "affine") != (f"{name}.biases" in refs):
+        raise CheckpointError(f"{name}: mode {mode!r} and the tensors in the file disagree.")
+    return Quantization(bits, inputs // groups, mode)
+
+
+def expected_rows(
+    weight: TensorRef, scales: TensorRef, config: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Shape of a quantized matrix that the network itself does not describe."""
+    return weight.shape[0], scales.shape[-1] * int(config.get("group_size", 64))
+
+
+def dequantized(
+    refs: Mapping[str, TensorRef], quantized: Mapping[str, Quantization]
+) -> dict[str, TensorRef]:
+    """Replace the parts of each module in `quantized` by its floating-point weight, lazily."""
+    result = dict(refs)
+    for name, how in quantized.items():
+        parts = [result.pop(f"{name}.{p}", None) for p in ("weight", "scales", "biases")]
+        result[f"{name}.weight"] = _float_weight(parts, how)
+    return result
+
+
+def _float_weight(parts: list[TensorRef | None], how: Quantization) -> TensorRef:
+    weight, scales, biases = parts
+    assert weight is not None and scales is not None
+
+    def load() -> mx.array:
+        # In float32: the peers' float16 scales would round the products once more.
+        floats = how.mode == "affine"
+        return mx.dequantize(
+            weight.load(),
+            scales.load().astype(mx.float32) if floats else scales.load(),
+            biases.load().astype(mx.float32) if biases is not None else None,
+            group_size=how.group_size,
+            bits=how.bits,
+            mode=how.mode,
+        )
+
+    shape = (*weight.shape[:-1], scales.shape[-1] * how.group_size)
+    return TensorRef("F32", shape, load)

@@ -1,0 +1,148 @@
+"""Where a checkpoint is: built in, a directory, a zip as Apple publishes them, or the Hub."""
+
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path, PurePosixPath
+
+from ..errors import CheckpointError, HubError
+
+__all__ = ["DEFAULT_MODEL", "checkpoint_folder"]
+
+DEFAULT_MODEL = "apple/FastVLM-0.5B"
+_BUILT_IN = ("nano",)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# What a checkpoint needs; leaves out pictures, remote code and optimizer states.
+_WANTED = ("*.json", "*.safetensors", "merges.txt", "LICENSE*", "README.md")
+
+Announce = Callable[[str], None]
+
+
+@contextmanager
+def checkpoint_folder(
+    source: str | os.PathLike[str], revision: str | None = None, announce: Announce | None = None
+) -> Iterator[Path]:
+    """A directory with the files of `source`, for as long as the context lasts.
+
+    `announce` gets one line before a download (size and licence). Raises CheckpointError for
+    paths and zips, HubError for the Hub.
+    """
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if text in _BUILT_IN and not path.exists():
+        with as_file(files("fastvlm_mlx") / text) as folder:
+            if not (folder / "config.json").is_file():
+                raise CheckpointError(f"This installation does not contain the {text} model.")
+            yield folder
+    elif path.is_dir():
+        yield path
+    elif path.is_file():
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(
+                f"{path} is a file, but not a zip; give the directory that holds it, config.json "
+                "and the tokenizer files."
+            )
+        with tempfile.TemporaryDirectory(prefix="fastvlm-") as temporary:
+            yield _unpack(path, Path(temporary))
+    elif _HUB_ID.fullmatch(text) and not text.startswith(("./", "../")):
+        yield _from_hub(text, revision, announce)
+    else:
+        raise CheckpointError(
+            f"No checkpoint at {text!r}: expected a directory, a .zip, a Hub id such as "
+            f"{DEFAULT_MODEL}, or the built-in 'nano'."
+        )
+
+
+def _unpack(archive: Path, target: Path) -> Path:
+    """Unpack the checkpoint in a zip; only plain file names are ever written, into `target`."""
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            members = [m for m in packed.infolist() if not m.is_dir()]
+            for member in members:
+                parts = PurePosixPath(member.filename.replace("\\", "/")).parts
+                if ".." in parts or parts[0].startswith("/") or ":" in parts[0]:
+                    raise CheckpointError(
+                        f"{archive} contains {member.filename!r}, which points outside the "
+                        "archive; it is not one of Apple's. Nothing was unpacked."
+                    )
+            members = [m for m in members if "__MACOSX" not in m.filename]
+            homes = [
+                m.filename[: -len("config.json")]
+                for m in members
+                if PurePosixPath(m.filename).name == "config.json"
+            ]
+            if not homes:
+                raise CheckpointError(f"{archive} contains no config.json; it is not a checkpoint.")
+            home = min(homes, key=len)
+            wanted = [
+                m
+                for m in members
+                if m.filename.startswith(home) and "/" not in m.filename[len(home) :]
+            ]
+            needed, free = sum(m.file_size for m in wanted), shutil.disk_usage(target).free
+            if needed > free:
+                raise CheckpointError(
+                    f"{archive} unpacks to {needed / 1e9:.1f} GB, but {target.parent} has "
+                    f"{free / 1e9:.1f} GB free; free some space or set TMPDIR."
+                )
+            for member in wanted:
+                name = target / member.filename[len(home) :]
+                with packed.open(member) as source, name.open("wb") as copy:
+                    shutil.copyfileobj(source, copy, 1 << 22)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{archive} is damaged or not readable ({error}); download it again."
+        ) from error
+    return target
+
+
+def _from_hub(repository: str, revision: str | None, announce: Announce | None) -> Path:
+    # Imported here: it costs 0.2 s that a local checkpoint does not need.
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        if _complete(cached):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        if announce:
+            info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+            size = sum(f.size or 0 for f in info.siblings or [] if _is_wanted(f.rfilename))
+            card = info.card_data.to_dict() if info.card_data else {}
+            licence = card.get("license_name") or card.get("license") or "not stated"
+            announce(
+                f"Downloading {repository} ({size / 1e9:.2f} GB), licence: {licence} "
+                f"(https://huggingface.co/{repository})"
+            )
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_WANTED)))
+    except Exception as error:  # the client's own HTTP library differs between its releases
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HubError(
+            f"Cannot get {repository} from the Hugging Face Hub ({reason}). Check the name and the "
+            "connection, or use the built-in model: --model nano."
+        ) from error
+
+
+def _is_wanted(name: str) -> bool:
+    return any(PurePosixPath(name).match(pattern) for pattern in _WANTED)
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a cached snapshot has what its own index lists (downloads can be interrupted)."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        import json
+
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return all((folder / name).is_file() for name in names)
+    return any(folder.glob("*.safetensors"))

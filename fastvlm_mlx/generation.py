@@ -1,0 +1,270 @@
+"""Prefill and decode: embeddings in, a stream of small frozen records out. Never prints.
+
+Prefill is one pass with logits at the last position only; decoding keeps one step in flight, so
+that the device works while Python handles the token before.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from .errors import OptionError
+from .model import Network, mlx_lm_module
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mlx_lm.models.cache import KVCache
+
+__all__ = ["Answer", "Chunk", "Options", "Stream", "Timings", "generate"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to generate; checked when made. Raises OptionError."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    """0 is greedy; else logits are divided by it before sampling."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens that hold this much probability; 1 is all."""
+    top_k: int = 0
+    """Sample from the k most likely tokens; 0 is all."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this times the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens already in the answer (multiplies negative ones); 1 is none."""
+    seed: int | None = None
+    """Seeds MLX's global generator before sampling; None leaves it as it is."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these strings."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        _check("temperature", self.temperature, 0 <= self.temperature <= 100, "from 0 to 100")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 or more")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            0 < self.repetition_penalty <= 10,
+            "above 0, at most 10",
+        )
+        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64-1")
+        if any(not isinstance(s, str) or not s for s in self.stop):
+            raise OptionError(f"stop is {self.stop!r}; expected strings that are not empty.")
+
+
+def _check(name: str, value: object, fine: bool, expected: str) -> None:
+    if not fine:
+        raise OptionError(f"{name} is {value!r}; expected {expected}.")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds spent in each part of one answer; each clock is closed by `mx.eval`."""
+
+    load_image: float = 0.0
+    """Bytes to an upright RGB picture."""
+    preprocess: float = 0.0
+    """Padding or cropping, resizing, tokenizing."""
+    encode: float = 0.0
+    """Encoder and projector."""
+    prefill: float = 0.0
+    """The language model over the whole prompt."""
+    first_token: float = 0.0
+    """Choosing the first token from its logits and fetching it."""
+    decode: float = 0.0
+    """All later tokens."""
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token: everything but `decode`."""
+        return float(sum(asdict(self).values())) - self.decode
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One step of a streamed answer."""
+
+    text: str
+    """Text that became certain; empty while a character or a stop string is incomplete."""
+    token: int
+    finish_reason: str | None = None
+    """On the last chunk: "stop" (end of text or stop string) or "length"."""
+    timings: Timings = field(default_factory=Timings)
+    """So far."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """Generated ids, without the one that ended the text."""
+    prompt_tokens: int
+    """Positions of the prompt, image tokens included."""
+    finish_reason: str
+    timings: Timings
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token in seconds, from the picture's bytes on."""
+        return self.timings.ttft
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Stream:
+    """An answer while it is being produced: iterate over its chunks."""
+
+    def __init__(self, chunks: Iterator[Chunk], prompt_tokens: int, eos: frozenset[int]) -> None:
+        self._chunks, self._eos = chunks, eos
+        self._text = ""
+        self._tokens: list[int] = []
+        self._last: Chunk | None = None
+        self.prompt_tokens = prompt_tokens
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Chunk:
+        chunk = next(self._chunks)
+        self._text += chunk.text
+        if chunk.token not in self._eos:
+            self._tokens.append(chunk.token)
+        self._last = chunk
+        return chunk
+
+    @property
+    def answer(self) -> Answer:
+        """What has been said so far; finish_reason is "interrupted" until the last chunk."""
+        last = self._last
+        return Answer(
+            text=self._text.strip(),
+            tokens=tuple(self._tokens),
+            prompt_tokens=self.prompt_tokens,
+            finish_reason=(last and last.finish_reason) or "interrupted",
+            timings=last.timings if last else Timings(),
+        )
+
+    def finish(self) -> Answer:
+        """Run to the end and return the whole answer."""
+        for _ in self:
+            pass
+        return self.answer
+
+
+def generate(
+    network: Network,
+    tokenizer: Tokenizer,
+    embeddings: mx.array,
+    cache: "list[KVCache]",
+    options: Options,
+    eos: frozenset[int],
+    timings: Timings,
+) -> Iterator[Chunk]:
+    """Answer the prompt whose embeddings (1, L, hidden) are given, extending `cache`.
+
+    `timings` holds what was measured before; prefill, first_token and decode are added to it.
+    At the end the cache holds the prompt and all answer tokens but the last.
+    """
+    if options.seed is not None:
+        mx.random.seed(options.seed)
+    choose = _sampler(options, network.vocabulary)
+    started = time.perf_counter()
+    logits = network.prefill(embeddings, cache)
+    mx.eval(logits)
+    prefilled = time.perf_counter()
+    history: list[int] = []
+    upcoming = choose(logits, history)
+    token = _token(upcoming)
+    first = time.perf_counter()
+    timings = replace(timings, prefill=prefilled - started, first_token=first - prefilled)
+    text = _TextStream(tokenizer, options.stop)
+    while True:
+        history.append(token)
+        timings = replace(timings, decode=time.perf_counter() - first if len(history) > 1 else 0.0)
+        if token in eos:
+            yield Chunk(text.finish(), token, "stop", timings)
+            return
+        last = len(history) == options.max_tokens
+        if not last:
+            # Queue the next step before this token's text is handled.
+            upcoming = choose(network.decode(mx.array([token]), cache), history)
+            mx.async_eval(upcoming)
+        piece = text.push(token)
+        if text.stopped or last:
+            piece += "" if text.stopped else text.finish()
+            yield Chunk(piece, token, "stop" if text.stopped else "length", timings)
+            return
+        yield Chunk(piece, token, None, timings)
+        token = _token(upcoming)
+
+
+def _token(chosen: mx.array) -> int:
+    token: Any = chosen.item()
+    return int(token)
+
+
+def _sampler(options: Options, vocabulary: int) -> Callable[[mx.array, list[int]], mx.array]:
+    """A function of logits (1, vocab) and the answer so far to the next token id, shape (1,)."""
+    sampling: Any = mlx_lm_module("sample_utils")
+    sample = sampling.make_sampler(
+        temp=options.temperature,
+        top_p=options.top_p if options.top_p < 1 else 0.0,
+        min_p=options.min_p,
+        top_k=options.top_k if options.top_k < vocabulary else 0,
+    )
+    penalize = None
+    if options.repetition_penalty != 1:
+        (penalize,) = sampling.make_logits_processors(
+            repetition_penalty=options.repetition_penalty,
+            repetition_context_size=options.max_tokens,
+        )
+
+    def choose(logits: mx.array, history: list[int]) -> mx.array:
+        if penalize is not None and history:
+            logits = penalize(mx.array(history), logits)
+        logits = logits.astype(mx.float32)
+        token: mx.array = sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        return token
+
+    return choose
+
+
+class _TextStream:
+    """Tokens to text, holding back what may be the beginning of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self._decoder = tokenizer.stream()
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        return self._release(self._decoder.push(token))
+
+    def finish(self) -> str:
+        certain = self._release(self._decoder.flush())
+        held, self._held = self._held, ""
+        return certain + held
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[: min(ends)]
+        keep = max(
+            (n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
+        )
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]

@@ -1,0 +1,64 @@
+"""The `qwen_2` conversation template, and `<image>` expanded into slots.
+
+A prompt is a list of token ids in which IMAGE stands once per picture; `expand` turns each into
+as many slots as that picture has tokens, so ids and embeddings have one length by construction.
+"""
+
+from collections.abc import Sequence
+
+from .errors import PromptError
+from .tokenizer import Tokenizer
+
+__all__ = ["IMAGE", "IMAGE_TEXT", "SYSTEM", "expand", "prompt_ids", "turn_ids"]
+
+IMAGE = -200
+"""Stands for a picture in a list of token ids (LLaVA's IMAGE_TOKEN_INDEX); never embedded."""
+IMAGE_TEXT = "<image>"
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+_USER = "<|im_start|>user\n"
+_ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def prompt_ids(tokenizer: Tokenizer, question: str, images: int) -> list[int]:
+    """Token ids of a first turn, with IMAGE once per picture.
+
+    Pictures stand in front of the question, each on a line of its own, unless the question says
+    where: then it must contain `<image>` exactly `images` times. Raises PromptError otherwise.
+    The text is checkpoint notes section 6.3: what the models were trained on.
+    """
+    return _tokenize(tokenizer, SYSTEM + _USER + _place(question, images) + _ASSISTANT)
+
+
+def turn_ids(tokenizer: Tokenizer, question: str, images: int = 0) -> list[int]:
+    """Token ids of a further turn, from the end of the last answer's text on."""
+    return _tokenize(tokenizer, f"<|im_end|>\n{_USER}{_place(question, images)}{_ASSISTANT}")
+
+
+def expand(ids: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """Repeat the n-th IMAGE `tokens[n]` times. Raises PromptError if the counts differ."""
+    slots = sum(i == IMAGE for i in ids)
+    if slots != len(tokens):
+        raise PromptError(_mismatch(slots, len(tokens)))
+    counts = iter(tokens)
+    return [i for i in ids for _ in range(next(counts) if i == IMAGE else 1)]
+
+
+def _place(question: str, images: int) -> str:
+    slots = question.count(IMAGE_TEXT)
+    if slots == 0:
+        return f"{IMAGE_TEXT}\n" * images + question
+    if slots != images:
+        raise PromptError(_mismatch(slots, images))
+    return question
+
+
+def _mismatch(slots: int, images: int) -> str:
+    return (
+        f"The prompt has {slots} {IMAGE_TEXT} but {images} picture(s) were given; give one "
+        f"picture per {IMAGE_TEXT}, or leave {IMAGE_TEXT} out to put all pictures in front."
+    )
+
+
+def _tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+    first, *rest = (tokenizer.encode(part) for part in text.split(IMAGE_TEXT))
+    return first + [i for part in rest for i in (IMAGE, *part)]

@@ -1,0 +1,116 @@
+"""Facts for `fastvlm info` and `fastvlm doctor`, as plain dictionaries."""
+
+import platform
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import mlx.core as mx
+
+from .blas import INSTALL_HINT, openblas_loaded
+from .checkpoint.loading import examine_checkpoint
+from .model import parameter_counts
+
+__all__ = ["describe_checkpoint", "describe_machine"]
+
+
+def describe_checkpoint(folder: Path) -> dict[str, Any]:
+    """What a checkpoint is, from its headers alone. Raises CheckpointError."""
+    source = examine_checkpoint(folder)
+    config = source.config
+    vision, text = config.vision, config.text
+    counts = parameter_counts(config)
+    total = sum(counts.values())
+    how = sorted({f"{q.bits}-bit {q.mode}" for q in source.quantized.values()})
+    types = sorted({ref.dtype for ref in source.refs.values()})
+    return {
+        "dialect": source.dialect.value + (", training form" if source.training_form else ""),
+        "written by": source.metadata.get("source", "-"),
+        "encoder": f"{counts['vision'] / 1e6:.1f} M parameters, depths {list(vision.layers)}, "
+        f"widths {list(vision.dims)}",
+        "image size": f"{vision.image_size} x {vision.image_size} = {config.image_tokens} tokens",
+        "projector": f"{vision.out_dim} -> {text.hidden_size}, "
+        f"{counts['projector'] / 1e6:.1f} M parameters",
+        "language model": f"Qwen2, {counts['language_model'] / 1e6:.1f} M parameters, "
+        f"{text.num_hidden_layers} layers of {text.hidden_size}, "
+        f"{text.num_attention_heads} heads ({text.num_key_value_heads} key/value)",
+        "vocabulary": f"{text.vocab_size} rows, {len(source.tokenizer)} tokens, "
+        f"{'tied' if text.tie_word_embeddings else 'untied'}",
+        "context": f"{config.context_length} positions",
+        "stored as": ", ".join([*how, *types]),
+        "files": _size(source.file_bytes),
+        "memory": f"about {_size(2 * total)} in 16 bit, {_size(4 * total)} in float32",
+        "parameters": f"{total / 1e6:.1f} M",
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Device, MLX build, BLAS, compiler and Hub, with what to do where something is slow."""
+    gpu = mx.metal.is_available() or mx.cuda.is_available()
+    facts: dict[str, Any] = {
+        "fastvlm-mlx": version("fastvlm-mlx"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "mlx": f"{version('mlx')}, {_backend()}, default device {mx.default_device().type.name}",
+        "mlx-lm": version("mlx-lm"),
+    }
+    if gpu:
+        info = mx.device_info()
+        facts["device"] = str(info.get("device_name", info.get("architecture", "GPU")))
+        if "memory_size" in info:
+            facts["memory"] = _size(int(info["memory_size"]))
+    facts["matrix product"] = f"{_gflops():.0f} GFLOP/s in float32 (1024 x 1024)"
+    if sys.platform.startswith("linux") and not mx.cuda.is_available():
+        facts["BLAS"] = (
+            "OpenBLAS"
+            if openblas_loaded()
+            else [
+                "MLX's bundled reference BLAS: a few GFLOP/s, one thread",
+                f"faster: {INSTALL_HINT}",
+            ]
+        )
+        facts["compiler"] = shutil.which("g++") or [
+            "no g++ on PATH: MLX skips compilation on the CPU",
+            "faster: apt install g++",
+        ]
+    facts["Hub"] = _hub()
+    return facts
+
+
+def _backend() -> str:
+    if mx.metal.is_available():
+        return "Metal"
+    return "CUDA" if mx.cuda.is_available() else "CPU"
+
+
+def _gflops() -> float:
+    a = mx.random.normal((1024, 1024))
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best / 1e9
+
+
+def _hub() -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return f"offline (HF_HUB_OFFLINE is set); cache in {constants.HF_HUB_CACHE}"
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=3).close()
+    except OSError as error:
+        return (
+            f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}); cached models and "
+            "--model nano still work"
+        )
+    return f"{constants.ENDPOINT} reachable; cache in {constants.HF_HUB_CACHE}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,297 @@
+"""The object that users hold: pictures and a question in, an answer out."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+import PIL.Image
+
+from .checkpoint.loading import LoadedCheckpoint, load_checkpoint
+from .checkpoint.source import DEFAULT_MODEL, checkpoint_folder
+from .config import SIDE_MULTIPLE, Config
+from .errors import OptionError, PromptError
+from .generation import Answer, Options, Stream, Timings, generate
+from .images import Fit, ImageSource, fit_image, load_image, to_pixels
+from .prompt import expand, prompt_ids
+from .tokenizer import Tokenizer
+from .vision import FastViTHD
+
+__all__ = [
+    "DEFAULT_PROMPT",
+    "DTYPES",
+    "EncodedImage",
+    "FastVLM",
+    "Images",
+    "default_model",
+    "load",
+    "quantize_linears",
+]
+
+DEFAULT_PROMPT = "Describe the image."
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture as the language model sees it; pass it wherever a picture goes."""
+
+    tokens: mx.array
+    """(N, hidden) image tokens, in row-major order."""
+
+
+Image: TypeAlias = "ImageSource | EncodedImage"
+Images: TypeAlias = "Image | Sequence[Image]"
+
+
+def default_model() -> str:
+    """$FASTVLM_MODEL, else apple/FastVLM-0.5B."""
+    return os.environ.get("FASTVLM_MODEL") or DEFAULT_MODEL
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | None = None,
+    quantize: int | None = None,
+    image_size: int | None = None,
+    fit: Fit = "pad",
+    revision: str | None = None,
+    allow_private_urls: bool = False,
+    announce: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> "FastVLM":
+    """Load a FastVLM.
+
+    Args:
+        model: "nano" (built in), a checkpoint directory, one of Apple's .zip files, or a Hub id;
+            by default $FASTVLM_MODEL, else apple/FastVLM-0.5B.
+        dtype: "float32", "float16" or "bfloat16"; by default what suits the device.
+        quantize: quantize the language model and projector to this many bits while loading. On
+            the CPU the values are those of the quantized model, but kept as float32.
+        image_size: side in pixels, a multiple of 64, of the square a picture is fitted to; by
+            default the checkpoint's own. Fewer pixels are fewer tokens and a faster answer.
+        fit: "pad" to a square with black first (as the models are used by Apple's predict.py), or
+            "crop" the centre.
+        revision: branch, tag or commit on the Hub.
+        allow_private_urls: let picture URLs point into private networks.
+        announce: gets one line (size, licence) before a download.
+        progress: is told (tensors loaded, tensors in all).
+
+    Raises OptionError, CheckpointError or HubError.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    if quantize is not None and quantize not in (2, 3, 4, 5, 6, 8):
+        raise OptionError(f"quantize is {quantize!r}; expected 2, 3, 4, 5, 6 or 8 bits.")
+    if image_size is not None:
+        _check_size(image_size)
+    if fit not in ("pad", "crop"):
+        raise OptionError(f"fit is {fit!r}; expected 'pad' or 'crop'.")
+    on_gpu = mx.default_device() == mx.gpu
+    with checkpoint_folder(model or default_model(), revision, announce) as folder:
+        loaded = load_checkpoint(
+            folder,
+            dtype=DTYPES[dtype] if dtype else (mx.bfloat16 if on_gpu else mx.float32),
+            keep_quantized=on_gpu,
+            progress=progress,
+        )
+    if quantize is not None:
+        for part in (loaded.network.language_model, loaded.network.projector):
+            quantize_linears(part, quantize, keep_packed=on_gpu)
+        mx.eval(loaded.network.parameters())
+    return FastVLM(loaded, image_size=image_size, fit=fit, allow_private_urls=allow_private_urls)
+
+
+class FastVLM:
+    """A loaded model. Get one from `fastvlm_mlx.load`."""
+
+    def __init__(
+        self,
+        loaded: LoadedCheckpoint,
+        *,
+        image_size: int | None = None,
+        fit: Fit = "pad",
+        allow_private_urls: bool = False,
+    ) -> None:
+        self.network = loaded.network
+        self.source = loaded.source
+        self.config: Config = loaded.source.config
+        self.tokenizer: Tokenizer = loaded.source.tokenizer
+        self.image_size = image_size or self.config.vision.image_size
+        self.fit: Fit = fit
+        self._allow_private_urls = allow_private_urls
+
+    @property
+    def vision(self) -> FastViTHD:
+        """The encoder: (B, H, W, 3) pixels in [0, 1] -> (B, H/64 * W/64, features)."""
+        return self.network.vision
+
+    def caption(self, image: Image, prompt: str = DEFAULT_PROMPT, **options: Any) -> Answer:
+        """Describe one picture. `options` are the fields of `Options`; errors as in `stream`."""
+        return self.ask(image, prompt, **options)
+
+    def ask(self, images: Images, question: str, **options: Any) -> Answer:
+        """Answer a question about any number of pictures, in the order given.
+
+        `<image>` in the question says where a picture stands; without it they stand in front.
+        Errors as in `stream`.
+        """
+        return self.stream(images, question, **options).finish()
+
+    def stream(self, images: Images, question: str, **options: Any) -> Stream:
+        """Like `ask`, chunk by chunk as the answer is produced.
+
+        Everything that can be wrong with the input is raised at the call, not at the first chunk:
+        OptionError, ImageError, and PromptError (slots, context window).
+        """
+        chosen = make_options(options)
+        ids, encoded, timings = self._prepare(_as_list(images), question)
+        room = self._check_context(len(ids))
+        chosen = dataclasses.replace(chosen, max_tokens=min(chosen.max_tokens, room))
+        eos = self.config.eos_token_ids
+        chunks = generate(
+            self.network,
+            self.tokenizer,
+            self.network.embed(ids, encoded),
+            self.network.new_cache(),
+            chosen,
+            eos,
+            timings,
+        )
+        return Stream(chunks, len(ids), eos)
+
+    def encode(self, image: ImageSource) -> EncodedImage:
+        """Run the encoder once; the value can be asked about any number of times."""
+        encoded = EncodedImage(self._encode(self._fit(self._load_image(image))))
+        mx.eval(encoded.tokens)
+        return encoded
+
+    def prompt_ids(self, question: str, images: int = 1) -> list[int]:
+        """Token ids of a first turn, with `IMAGE` once per picture (not yet expanded)."""
+        return prompt_ids(self.tokenizer, question, images)
+
+    def logits(self, token_ids: Sequence[int], images: Images = ()) -> mx.array:
+        """Logits (1, L, vocab) of a whole prompt, in which `IMAGE` stands once per picture."""
+        encoded = [self._as_encoded(image).tokens for image in _as_list(images)]
+        ids = expand(token_ids, [tokens.shape[0] for tokens in encoded])
+        self._check_context(len(ids))
+        return self.network.logits(self.network.embed(ids, encoded))
+
+    def _prepare(
+        self, images: Sequence[Image], question: str
+    ) -> tuple[list[int], list[mx.array], Timings]:
+        """Expanded token ids, image tokens, and what they cost."""
+        clock = _Clock()
+        unexpanded = self.prompt_ids(question, len(images))
+        clock.lap("preprocess")
+        encoded: list[mx.array] = []
+        for image in images:
+            if isinstance(image, EncodedImage):
+                encoded.append(self._as_encoded(image).tokens)
+                continue
+            picture = self._load_image(image)
+            clock.lap("load_image")
+            pixels = self._fit(picture)
+            clock.lap("preprocess")
+            # Queued, not awaited: the device encodes while the next picture is decoded.
+            encoded.append(self._encode(pixels))
+            mx.async_eval(encoded[-1])
+            clock.lap("encode")
+        ids = expand(unexpanded, [tokens.shape[0] for tokens in encoded])
+        clock.lap("preprocess")
+        mx.eval(encoded)
+        clock.lap("encode")
+        return ids, encoded, clock.timings()
+
+    def _load_image(self, image: ImageSource) -> PIL.Image.Image:
+        return load_image(image, allow_private_urls=self._allow_private_urls)
+
+    def _fit(self, picture: PIL.Image.Image) -> mx.array:
+        return to_pixels([fit_image(picture, self.image_size, self.fit)])
+
+    def _encode(self, pixels: mx.array) -> mx.array:
+        return self.network.encode(pixels)[0]
+
+    def _as_encoded(self, image: Image) -> EncodedImage:
+        if not isinstance(image, EncodedImage):
+            return self.encode(image)
+        hidden = self.config.text.hidden_size
+        if image.tokens.ndim != 2 or image.tokens.shape[1] != hidden:
+            raise PromptError(
+                f"An encoded image of shape {tuple(image.tokens.shape)} was given; this model "
+                f"takes (N, {hidden}). Encode the picture with this very model."
+            )
+        return image
+
+    def _check_context(self, length: int) -> int:
+        """Positions left for the answer. Raises PromptError if there are none."""
+        room = self.config.context_length - length
+        if room < 1:
+            raise PromptError(
+                f"The prompt takes {length} positions, image tokens included; the context window "
+                f"is {self.config.context_length}. Ask a shorter question or give fewer pictures."
+            )
+        return room
+
+
+class _Clock:
+    """Adds up the seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def timings(self) -> Timings:
+        return Timings(**self._seconds)
+
+
+def make_options(given: dict[str, Any]) -> Options:
+    """`Options`, with a misspelt name reported as an OptionError that lists the right ones."""
+    known = [f.name for f in dataclasses.fields(Options)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise OptionError(f"Unknown option {unknown[0]!r}; expected one of {', '.join(known)}.")
+    return Options(**given)
+
+
+def _as_list(images: Images) -> list[Image]:
+    return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
+
+
+def _check_size(size: int) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % SIDE_MULTIPLE:
+        raise OptionError(f"image_size is {size!r}; expected a multiple of {SIDE_MULTIPLE}.")
+
+
+def quantize_linears(part: nn.Module, bits: int, *, keep_packed: bool) -> None:
+    """Quantize every linear layer and embedding whose width a group divides."""
+
+    def group(module: nn.Module) -> int | None:
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            return None
+        width = module.weight.shape[-1]
+        return next((g for g in (64, 32) if width % g == 0), None)
+
+    if keep_packed:
+        nn.quantize(
+            part,
+            class_predicate=lambda _, m: (
+                {"group_size": g, "bits": bits} if (g := group(m)) else False
+            ),
+        )
+        return
+    for module in part.modules():
+        size = group(module)
+        if size is not None:
+            packed = mx.quantize(module.weight, group_size=size, bits=bits)
+            module.weight = mx.dequantize(*packed, group_size=size, bits=bits)

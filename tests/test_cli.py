@@ -1,0 +1,182 @@
+"""The command line: streams, exit codes, and one clear line for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+
+def run(
+    *args: str | Path, stdin: bytes | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run the real command in a process of its own."""
+    command = [sys.executable, "-c", "from fastvlm_mlx.cli import main; main()", *map(str, args)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+    return subprocess.run(command, input=stdin, capture_output=True, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory, picture: np.ndarray) -> Path:
+    file = tmp_path_factory.mktemp("photos") / "Ein Bild – 1.png"
+    PIL.Image.fromarray(picture).save(file)
+    return file
+
+
+def one_line(result: subprocess.CompletedProcess[bytes]) -> str:
+    text = result.stderr.decode()
+    assert "Traceback" not in text
+    assert text.count("\n") == 1, text
+    return text
+
+
+def test_help_lists_own_commands_and_plugged_in_ones() -> None:
+    result = run("--help")
+    assert result.returncode == 0
+    for name in ("caption", "ask", "info", "doctor", "convert", "bench"):
+        assert name in result.stdout.decode()
+    assert run("--version").stdout.startswith(b"fastvlm-mlx ")
+    assert run("convert", "--help").returncode == 0
+
+
+def test_help_needs_neither_mlx_nor_the_plugins() -> None:
+    code = (
+        "import sys; sys.argv = ['fastvlm', '--help']\n"
+        "from fastvlm_mlx.cli import app\n"
+        "try: app()\n"
+        "except SystemExit: pass\n"
+        "heavy = ('mlx', 'numpy', 'PIL', 'rich', 'fastvlm_mlx.convert', 'fastvlm_mlx.benchmarks')\n"
+        "print([m for m in heavy if m in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stderr.strip() == b"[]"
+
+
+def test_answer_on_stdout_everything_else_on_stderr(tiny: Path, photo: Path) -> None:
+    result = run("caption", photo, "-m", tiny, "--max-tokens", "5", "--stats")
+    assert result.returncode == 0
+    assert result.stdout.endswith(b"\n") and result.stdout.count(b"\n") == 1
+    assert b"first token after" in result.stderr
+    assert b"\x1b" not in result.stdout + result.stderr, "no control codes when piped"
+
+
+def test_json_is_one_document_per_picture(tiny: Path, photo: Path) -> None:
+    result = run("caption", photo, photo, "-m", tiny, "--max-tokens", "3", "--json")
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    assert first["image"] == str(photo)
+    assert (first["tokens"], first["finish_reason"]) == (3, "length")
+    assert first["text"] == second["text"]
+    assert set(first["timings"]) == {
+        "load_image", "preprocess", "encode", "prefill", "first_token", "decode",
+    }  # fmt: skip
+    assert first["ttft"] == pytest.approx(
+        sum(s for name, s in first["timings"].items() if name != "decode"), abs=1e-4
+    )
+
+
+def test_the_model_can_come_from_the_environment_and_the_picture_from_stdin(
+    tiny: Path, photo: Path
+) -> None:
+    by_file = run("caption", photo, "-m", tiny, "--max-tokens", "4")
+    by_pipe = run(
+        "caption", "-", "--max-tokens", "4", stdin=photo.read_bytes(),
+        env={"FASTVLM_MODEL": str(tiny)},
+    )  # fmt: skip
+    assert by_pipe.stdout == by_file.stdout
+
+
+def test_ask_about_two_pictures(tiny: Path, photo: Path) -> None:
+    result = run("ask", photo, photo, "Same?", "-m", tiny, "--max-tokens", "2", "--json")
+    record = json.loads(result.stdout)
+    assert record["image"] == [str(photo), str(photo)]
+    assert record["prompt_tokens"] > 32
+
+
+def test_a_broken_picture_does_not_stop_the_others(tiny: Path, photo: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"not a picture")
+    result = run("caption", broken, photo, "-m", tiny, "--max-tokens", "2", "--json")
+    assert result.returncode == 1
+    assert "broken.jpg" in one_line(result)
+    assert json.loads(result.stdout)["image"] == str(photo)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "named"),
+    [
+        (["caption", "PHOTO", "-m", "TINY", "--temperature", "-1"], 2, "temperature is -1.0"),
+        (["caption", "PHOTO", "-m", "TINY", "--top-p", "0"], 2, "top_p"),
+        (["caption", "PHOTO", "-m", "TINY", "--image-size", "100"], 2, "multiple of 64"),
+        (["caption", "PHOTO", "-m", "TINY", "--fit", "squash"], 2, "fit is 'squash'"),
+        (["caption", "PHOTO", "-m", "/no/such/model"], 1, "No checkpoint at"),
+        (["caption", "PHOTO", "-m", "no/such-model"], 1, "--model nano"),
+        (["caption", "missing.jpg", "-m", "TINY"], 1, "missing.jpg"),
+        (["caption", "http://127.0.0.1:9/a.jpg", "-m", "TINY"], 1, "127.0.0.1"),
+        (["ask", "PHOTO", "<image> or <image>?", "-m", "TINY"], 1, "2 <image> but 1 picture"),
+        (["ask", "What?", "-m", "TINY"], 2, "at least one picture"),
+        (["info", "/no/such/model"], 1, "No checkpoint at"),
+    ],
+)
+def test_mistakes(args: list[str], code: int, named: str, tiny: Path, photo: Path) -> None:
+    places = {"PHOTO": str(photo), "TINY": str(tiny)}
+    result = run(*(places.get(a, a) for a in args))
+    assert named in one_line(result)
+    assert result.returncode == code
+    assert result.stdout == b""
+
+
+def test_unknown_commands_and_options_are_bad_usage() -> None:
+    assert run("capton").returncode == 2
+    assert run("caption").returncode == 2
+    assert run("caption", "a.jpg", "--tokens", "3").returncode == 2
+
+
+def test_info_reads_headers_only(tiny: Path) -> None:
+    facts = json.loads(run("info", tiny, "--json").stdout)
+    assert facts["dialect"] == "Apple LLaVA"
+    assert facts["image size"].endswith("= 16 tokens")
+    assert b"Apple LLaVA" in run("info", tiny).stdout
+
+
+def test_doctor_says_what_is_slow() -> None:
+    result = run("doctor", "--json")
+    facts = json.loads(result.stdout)
+    assert result.returncode == 0
+    assert "GFLOP/s" in facts["matrix product"]
+    assert "Hub" in facts
+
+
+def test_ctrl_c_ends_with_what_was_said(tiny: Path, photo: Path) -> None:
+    command = [
+        sys.executable, "-u", "-c",
+        # A slow decoder, so that there is something to interrupt.
+        "import time, fastvlm_mlx.model as m\n"
+        "fast = m.Network.decode\n"
+        "m.Network.decode = lambda *a: (time.sleep(0.3), fast(*a))[1]\n"
+        "from fastvlm_mlx.cli import main; main()",
+        "caption", str(photo), "-m", str(tiny), "--max-tokens", "500", "--temperature", "9",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    first = process.stdout.read(1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert (first + out).endswith(b"\n")
+
+
+def test_a_closed_pipe_is_no_crash(tiny: Path, photo: Path) -> None:
+    command = (
+        f"{sys.executable} -c 'from fastvlm_mlx.cli import main; main()' "
+        f"caption '{photo}' '{photo}' -m '{tiny}' --json --max-tokens 2 | head -c 1"
+    )
+    result = subprocess.run(command, shell=True, capture_output=True, check=True)
+    assert b"Traceback" not in result.stderr and b"BrokenPipe" not in result.stderr

@@ -1,0 +1,255 @@
+"""Every dialect gives the same model; every damaged checkpoint gives one clear error."""
+
+import json
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.loading import examine_checkpoint, load_checkpoint
+from fastvlm_mlx.testing import random_checkpoint
+
+
+def _pixels() -> mx.array:
+    return mx.random.uniform(shape=(1, 128, 192, 3), key=mx.random.key(3))
+
+
+@pytest.mark.parametrize("dialect", ["native", "mlx-vlm"])
+def test_dialects_give_the_same_model(
+    vlm: fv.FastVLM, tmp_path: Path, picture: np.ndarray, dialect: str
+) -> None:
+    folder = random_checkpoint(tmp_path / "checkpoint", size="tiny", dialect=dialect)
+    other = fv.load(folder, dtype="float32")
+    assert mx.array_equal(other.vision(_pixels()), vlm.vision(_pixels()))
+    image = vlm.encode(picture)
+    ids = vlm.prompt_ids("What?")
+    expected, got = vlm.logits(ids, [image]), other.logits(ids, [image])
+    rows = min(expected.shape[-1], got.shape[-1])  # dialects pad the vocabulary differently
+    # Not bit for bit: a head of another width is another matrix product.
+    assert mx.allclose(got[..., :rows], expected[..., :rows], rtol=1e-5, atol=1e-5)
+
+
+def test_the_training_form_is_fused(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "train", size="tiny", dialect="apple-train")
+    assert examine_checkpoint(folder).training_form
+    features = fv.load(folder).vision(_pixels())
+    assert 0.05 < float(mx.abs(features).max()) < 1e3
+
+
+def test_quantized_files_equal_their_dequantization(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "q", size="tiny", dialect="mlx-vlm", quantize=4)
+    loaded = load_checkpoint(folder, dtype=mx.float32, keep_quantized=False).network
+    tensors = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(tensors, dict)
+    name = "language_model.model.layers.0.mlp.up_proj"
+    expected = mx.dequantize(
+        tensors[f"{name}.weight"],
+        tensors[f"{name}.scales"].astype(mx.float32),
+        tensors[f"{name}.biases"].astype(mx.float32),
+        group_size=tensors[f"{name}.scales"].shape[-1] and 64,
+        bits=4,
+    )
+    assert mx.array_equal(loaded.language_model.model.layers[0].mlp.up_proj.weight, expected)
+    packed = load_checkpoint(folder, dtype=mx.float32, keep_quantized=True).network
+    layer = packed.language_model.model.layers[0].mlp.up_proj
+    assert (layer.bits, layer.weight.dtype) == (4, mx.uint32)
+
+
+def test_a_zip_loads_without_unpacking_and_leaves_nothing(
+    vlm: fv.FastVLM, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    archive = tmp_path / "llava-fastvithd_tiny.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for file in tiny.iterdir():
+            packed.write(file, f"llava-fastvithd_tiny/{file.name}")
+        packed.writestr("__MACOSX/llava-fastvithd_tiny/._config.json", b"\0")
+    assert mx.array_equal(fv.load(archive).vision(_pixels()), vlm.vision(_pixels()))
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil.json", "a/../../evil.json"])
+def test_a_zip_that_points_outside_is_refused(tiny: Path, tmp_path: Path, name: str) -> None:
+    archive = tmp_path / "evil.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.write(tiny / "config.json", "m/config.json")
+        packed.writestr(name, b"{}")
+    with pytest.raises(fv.CheckpointError, match="outside the archive"):
+        fv.load(archive)
+    assert not (tmp_path.parent / "evil.json").exists()
+
+
+def test_zips_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"PK nothing")
+    with pytest.raises(fv.CheckpointError, match="not a zip"):
+        fv.load(tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as packed:
+        packed.writestr("readme.txt", "hello")
+    with pytest.raises(fv.CheckpointError, match=r"no config\.json"):
+        fv.load(tmp_path / "b.zip")
+
+
+Change = Callable[[Path], object]
+
+
+def _edit_config(**changes: Any) -> Change:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def _edit_tensors(edit: Callable[[dict[str, mx.array]], object]) -> Change:
+    def change(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        tensors = mx.load(str(file))
+        assert isinstance(tensors, dict)
+        edit(tensors)
+        mx.eval(tensors)
+        file.unlink()
+        mx.save_safetensors(str(file), tensors, {"format": "pt"})
+
+    return change
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+NORM = "model.norm.weight"
+TOWER = "model.vision_tower.vision_tower.model."
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda f: (f / "config.json").unlink(), r"no config\.json"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / "model.safetensors").unlink(), "No weights"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "not a complete safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "not a complete safetensors"),
+        (_cut, "not a complete safetensors"),
+        (lambda f: (f / "merges.txt").unlink(), "No tokenizer"),
+        (_edit_config(model_type="llava_llama"), "model_type"),
+        (_edit_config(num_hidden_layers=3), "12 tensors are missing"),
+        (_edit_config(num_hidden_layers=1), "12 tensors are unknown"),
+        (_edit_config(intermediate_size=256), "another shape than config.json"),
+        (_edit_config(eos_token_id=7), "belongs to another model"),
+        (_edit_tensors(lambda t: t.pop(NORM)), "1 tensors are missing: language_model.model.norm"),
+        (_edit_tensors(lambda t: t.update(surprise=mx.zeros(3))), "unknown: surprise"),
+        (_edit_tensors(lambda t: t.update({NORM: mx.zeros(3)})), r"norm.weight \(3,\) instead of"),
+        (
+            _edit_tensors(lambda t: t.update({NORM: t[NORM] * float("nan")})),
+            "norm.weight holds NaN",
+        ),
+        (
+            _edit_tensors(lambda t: [t.pop(n) for n in list(t) if n.startswith(TOWER)]),
+            "not a FastVLM checkpoint: no vision tower",
+        ),
+        (
+            _edit_tensors(
+                lambda t: [t.update({"model.vision_tower." + n: t.pop(n)}) for n in list(t)]
+            ),
+            "another vision-language model",
+        ),
+    ],
+)
+def test_damaged_checkpoints(tiny: Path, tmp_path: Path, change: Change, named: str) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny, folder)
+    change(folder)
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(fv.CheckpointError, match=named):
+        fv.load(folder)
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_core_ml_export_names_what_to_use_instead(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "coreml"
+    folder.mkdir()
+    shutil.copy(tiny / "config.json", folder)
+    tensors = {
+        "language_model.model.norm.weight": mx.zeros(64),
+        "multi_modal_projector.linear_0.weight": mx.zeros((64, 512)),
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    with pytest.raises(fv.UnsupportedCheckpoint, match=r"Core ML export.*apple/FastVLM-0\.5B"):
+        fv.load(folder)
+
+
+def test_a_different_lm_head_under_tied_embeddings_is_ignored_aloud(
+    vlm: fv.FastVLM, tiny: Path, tmp_path: Path, picture: np.ndarray
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fv.load(tiny)  # the stored copy equals the table: nothing to say
+    folder = tmp_path / "untied"
+    shutil.copytree(tiny, folder)
+    _edit_tensors(lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))(folder)
+    with pytest.warns(UserWarning, match=r"ties its embeddings but stores another lm_head"):
+        other = fv.load(folder, dtype="float32")
+    ids = vlm.prompt_ids("What?", 0)
+    assert mx.array_equal(other.logits(ids), vlm.logits(ids))
+    _edit_config(tie_word_embeddings=False)(folder)
+    assert not mx.array_equal(fv.load(folder, dtype="float32").logits(ids), vlm.logits(ids))
+
+
+def test_an_untied_model_needs_its_lm_head(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "headless"
+    shutil.copytree(tiny, folder)
+    _edit_config(tie_word_embeddings=False)(folder)
+    _edit_tensors(lambda t: t.pop("lm_head.weight"))(folder)
+    with pytest.raises(fv.CheckpointError, match=r"missing: language_model\.lm_head\.weight"):
+        fv.load(folder)
+
+
+def test_shards(vlm: fv.FastVLM, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    shutil.copytree(tiny, folder)
+    tensors = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(tensors, dict)
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        mx.save_safetensors(str(folder / file), {n: tensors[n] for n in part})
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {n: file for file, part in parts.items() for n in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert mx.array_equal(fv.load(folder).vision(_pixels()), vlm.vision(_pixels()))
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(fv.CheckpointError, match=r"b\.safetensors is missing"):
+        fv.load(folder)
+
+
+def test_neither_a_path_nor_a_hub_id(tmp_path: Path) -> None:
+    for name in ("no such place", str(tmp_path / "missing" / "model")):
+        with pytest.raises(fv.CheckpointError, match="No checkpoint at"):
+            fv.load(name)
+    with pytest.raises(fv.CheckpointError, match="not a zip"):
+        fv.load(__file__)
+
+
+def test_an_unreachable_hub_names_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(fv.HubError, match=r"Cannot get apple/FastVLM-9B.*--model nano"):
+        fv.load("apple/FastVLM-9B")
+
+
+def test_loading_reports_progress(tiny: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    fv.load(tiny, progress=lambda done, total: seen.append((done, total)))
+    assert seen and seen[-1][0] == seen[-1][1] > 100
