@@ -42,7 +42,7 @@ def convert_checkpoint(
         save_checkpoint(
             destination,
             network,
-            loaded.source.config,
+            loaded.config,
             folder,
             source=source,
             recipe=f"{bits}-bit, {dtype}" if bits else dtype,

@@ -5,7 +5,7 @@ that the device works while Python handles the token before.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from mlx_lm.models.cache import KVCache
 
-__all__ = ["Answer", "Chunk", "Options", "Stream", "Timings", "generate"]
+__all__ = ["Answer", "Chunk", "Options", "Prefix", "Stream", "Timings", "generate"]
 
 
 @dataclass(frozen=True)
@@ -162,27 +162,65 @@ class Stream:
         return self.answer
 
 
+class Prefix:
+    """Keys and values of the prompt's constant beginning, computed once per model.
+
+    They are taken from the cache of the first prompt that begins so, hence cost nothing; later
+    prompts start from them. Causal attention makes them independent of what follows.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = list(ids)
+        self._states: list[tuple[mx.array, mx.array]] = []
+
+    def start(self, network: Network, ids: Sequence[int]) -> "tuple[list[KVCache], int]":
+        """A cache for a prompt of these ids, and how many positions are in it already."""
+        cache = network.new_cache()
+        if not self._states or not self._begins(ids):
+            return cache, 0
+        for layer, (keys, values) in zip(cache, self._states, strict=True):
+            # A cache whose buffer is exactly full grows into a new one: nothing shared is written.
+            layer.keys, layer.values, layer.offset = keys, values, len(self._ids)
+        return cache, len(self._ids)
+
+    def learn(self, ids: Sequence[int], cache: "list[KVCache]") -> None:
+        """Keep the beginning of a cache that a prompt of these ids was run into."""
+        if self._states or not self._begins(ids):
+            return
+        length = len(self._ids)
+        self._states = [
+            (mx.contiguous(c.keys[..., :length, :]), mx.contiguous(c.values[..., :length, :]))
+            for c in cache
+        ]
+        mx.async_eval(self._states)
+
+    def _begins(self, ids: Sequence[int]) -> bool:
+        return list(ids[: len(self._ids)]) == self._ids and len(ids) > len(self._ids)
+
+
 def generate(
     network: Network,
     tokenizer: Tokenizer,
-    embeddings: mx.array,
-    cache: "list[KVCache]",
+    ids: Sequence[int],
+    images: Sequence[mx.array],
+    prefix: Prefix,
     options: Options,
     eos: frozenset[int],
     timings: Timings,
 ) -> Iterator[Chunk]:
-    """Answer the prompt whose embeddings (1, L, hidden) are given, extending `cache`.
+    """Answer the prompt of expanded `ids`, whose IMAGE slots take `images` (N, hidden) in order.
 
     `timings` holds what was measured before; prefill, first_token and decode are added to it.
-    At the end the cache holds the prompt and all answer tokens but the last.
     """
     if options.seed is not None:
         mx.random.seed(options.seed)
     choose = _sampler(options, network.vocabulary)
     started = time.perf_counter()
-    logits = network.prefill(embeddings, cache)
+    cache, done = prefix.start(network, ids)
+    logits = network.prefill(network.embed(ids[done:], images), cache)
     mx.eval(logits)
     prefilled = time.perf_counter()
+    prefix.learn(ids, cache)
     history: list[int] = []
     upcoming = choose(logits, history)
     token = _token(upcoming)

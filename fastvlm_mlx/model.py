@@ -72,9 +72,19 @@ class Network(nn.Module):
         return embeddings
 
     def prefill(self, embeddings: mx.array, cache: "list[KVCache]") -> mx.array:
-        """Run (1, L, hidden) embeddings into `cache`; logits (1, vocab) of the last position."""
-        hidden = self.language_model.model(None, cache, embeddings)
-        return self._logits(hidden[:, -1:])[:, 0]
+        """Run (1, L, hidden) embeddings into `cache`; logits (1, vocab) of the last position.
+
+        One pass over the weights. The last layer works on the last position only: of the others
+        nothing but keys and values is ever used.
+        """
+        model = self.language_model.model
+        *layers, last = model.layers
+        mask = cache[0].make_mask(embeddings.shape[1], return_array=False, window_size=None)
+        hidden = embeddings
+        for layer, layer_cache in zip(layers, cache, strict=False):
+            hidden = layer(hidden, mask, layer_cache)
+        hidden = _last_position(last, hidden, cache[-1])
+        return self._logits(model.norm(hidden))[:, 0]
 
     def decode(self, token: mx.array, cache: "list[KVCache]") -> mx.array:
         """Run one token id, shape (1,); logits (1, vocab) of the next."""
@@ -102,6 +112,29 @@ class Network(nn.Module):
         )
         logits: mx.array = head(hidden)
         return logits
+
+
+def _last_position(layer: Any, x: mx.array, cache: "KVCache") -> mx.array:
+    """`layer(x, "causal", cache)[:, -1:]`, without computing the other positions."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(x)
+    position = cache.offset
+
+    def heads(y: mx.array, count: int) -> mx.array:
+        return y.reshape(*y.shape[:2], count, -1).transpose(0, 2, 1, 3)
+
+    keys = attention.rope(heads(attention.k_proj(normed), attention.n_kv_heads), offset=position)
+    values = heads(attention.v_proj(normed), attention.n_kv_heads)
+    queries = attention.rope(
+        heads(attention.q_proj(normed[:, -1:]), attention.n_heads),
+        offset=position + x.shape[1] - 1,
+    )
+    keys, values = cache.update_and_fetch(keys, values)
+    mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attention.scale)
+    mixed = mixed.transpose(0, 2, 1, 3).reshape(x.shape[0], 1, -1)
+    hidden = x[:, -1:] + attention.o_proj(mixed)
+    out: mx.array = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return out
 
 
 def parameter_counts(config: Config) -> dict[str, int]:

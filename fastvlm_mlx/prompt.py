@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from .errors import PromptError
 from .tokenizer import Tokenizer
 
-__all__ = ["IMAGE", "IMAGE_TEXT", "SYSTEM", "expand", "prompt_ids", "turn_ids"]
+__all__ = ["IMAGE", "IMAGE_TEXT", "SYSTEM", "USER", "expand", "prompt_ids", "turn_ids"]
 
 IMAGE = -200
 """Stands for a picture in a list of token ids (LLaVA's IMAGE_TOKEN_INDEX); never embedded."""
 IMAGE_TEXT = "<image>"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-_USER = "<|im_start|>user\n"
+USER = "<|im_start|>user\n"
 _ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -26,12 +26,12 @@ def prompt_ids(tokenizer: Tokenizer, question: str, images: int) -> list[int]:
     where: then it must contain `<image>` exactly `images` times. Raises PromptError otherwise.
     The text is checkpoint notes section 6.3: what the models were trained on.
     """
-    return _tokenize(tokenizer, SYSTEM + _USER + _place(question, images) + _ASSISTANT)
+    return _tokenize(tokenizer, SYSTEM + USER + _place(question, images) + _ASSISTANT)
 
 
 def turn_ids(tokenizer: Tokenizer, question: str, images: int = 0) -> list[int]:
     """Token ids of a further turn, from the end of the last answer's text on."""
-    return _tokenize(tokenizer, f"<|im_end|>\n{_USER}{_place(question, images)}{_ASSISTANT}")
+    return _tokenize(tokenizer, f"<|im_end|>\n{USER}{_place(question, images)}{_ASSISTANT}")
 
 
 def expand(ids: Sequence[int], tokens: Sequence[int]) -> list[int]:

@@ -148,11 +148,16 @@ class Stage(nn.Module):
             self.blocks = [RepMixerBlock(dim, ratio) for _ in range(config.layers[index])]
 
     def __call__(self, x: mx.array) -> mx.array:
+        x = self.enter(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def enter(self, x: mx.array) -> mx.array:
+        """What comes before the blocks: the beginning of the stage's residual stream."""
         for name in ("downsample", "position"):
             if name in self:
                 x = self[name](x)
-        for block in self.blocks:
-            x = block(x)
         return x
 
 

@@ -15,9 +15,9 @@ from .checkpoint.loading import LoadedCheckpoint, load_checkpoint
 from .checkpoint.source import DEFAULT_MODEL, checkpoint_folder
 from .config import SIDE_MULTIPLE, Config
 from .errors import OptionError, PromptError
-from .generation import Answer, Options, Stream, Timings, generate
+from .generation import Answer, Options, Prefix, Stream, Timings, generate
 from .images import Fit, ImageSource, fit_image, load_image, to_pixels
-from .prompt import expand, prompt_ids
+from .prompt import SYSTEM, USER, expand, prompt_ids
 from .tokenizer import Tokenizer
 from .vision import FastViTHD
 
@@ -97,6 +97,7 @@ def load(
         loaded = load_checkpoint(
             folder,
             dtype=DTYPES[dtype] if dtype else (mx.bfloat16 if on_gpu else mx.float32),
+            vision_dtype=DTYPES[dtype] if dtype else (mx.float16 if on_gpu else mx.float32),
             keep_quantized=on_gpu,
             progress=progress,
         )
@@ -120,11 +121,15 @@ class FastVLM:
     ) -> None:
         self.network = loaded.network
         self.source = loaded.source
-        self.config: Config = loaded.source.config
+        self.config: Config = loaded.config
         self.tokenizer: Tokenizer = loaded.source.tokenizer
         self.image_size = image_size or self.config.vision.image_size
         self.fit: Fit = fit
         self._allow_private_urls = allow_private_urls
+        self._prefix = Prefix(self.tokenizer.encode(SYSTEM + USER))
+        # One graph per input shape. MLX's CPU backend compiles each operation by itself instead.
+        on_gpu = mx.default_device() == mx.gpu
+        self._encode_pixels = mx.compile(self.network.encode) if on_gpu else self.network.encode
 
     @property
     def vision(self) -> FastViTHD:
@@ -155,13 +160,7 @@ class FastVLM:
         chosen = dataclasses.replace(chosen, max_tokens=min(chosen.max_tokens, room))
         eos = self.config.eos_token_ids
         chunks = generate(
-            self.network,
-            self.tokenizer,
-            self.network.embed(ids, encoded),
-            self.network.new_cache(),
-            chosen,
-            eos,
-            timings,
+            self.network, self.tokenizer, ids, encoded, self._prefix, chosen, eos, timings
         )
         return Stream(chunks, len(ids), eos)
 
@@ -215,7 +214,7 @@ class FastVLM:
         return to_pixels([fit_image(picture, self.image_size, self.fit)])
 
     def _encode(self, pixels: mx.array) -> mx.array:
-        return self.network.encode(pixels)[0]
+        return self._encode_pixels(pixels)[0]
 
     def _as_encoded(self, image: Image) -> EncodedImage:
         if not isinstance(image, EncodedImage):

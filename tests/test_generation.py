@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.loading import LoadedCheckpoint
 from fastvlm_mlx.generation import _sampler, _TextStream
+from fastvlm_mlx.prompt import SYSTEM, USER
 
 
 @pytest.mark.parametrize(
@@ -189,3 +191,41 @@ def test_the_prefill_clock_is_closed_by_evaluation(
     slow = vlm.ask(picture, "What?", max_tokens=1).timings
     assert slow.prefill > 5 * quick.prefill
     assert slow.first_token < slow.prefill / 5
+
+
+def test_one_pass_prefill_equals_the_plain_forward(vlm: fv.FastVLM) -> None:
+    embeddings = mx.random.normal((1, 11, 64), key=mx.random.key(0))
+    plain = vlm.network.logits(embeddings)
+    whole = vlm.network.new_cache()
+    assert mx.allclose(vlm.network.prefill(embeddings, whole), plain[:, -1], atol=1e-5)
+    in_two = vlm.network.new_cache()
+    vlm.network.prefill(embeddings[:, :4], in_two)
+    assert mx.allclose(vlm.network.prefill(embeddings[:, 4:], in_two), plain[:, -1], atol=1e-5)
+    for a, b in zip(whole, in_two, strict=True):
+        assert a.offset == b.offset == 11
+        assert mx.allclose(a.keys[..., :11, :], b.keys[..., :11, :], atol=1e-5)
+
+
+def test_the_constant_beginning_is_run_once_and_never_written_to(
+    vlm: fv.FastVLM, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    original = type(vlm.network).prefill
+
+    def counted(self: Any, embeddings: mx.array, cache: Any) -> mx.array:
+        lengths.append(embeddings.shape[1])
+        return original(self, embeddings, cache)
+
+    monkeypatch.setattr(type(vlm.network), "prefill", counted)
+    fresh = fv.FastVLM(LoadedCheckpoint(vlm.network, vlm.config, vlm.source))
+    image = vlm.encode(picture)
+    answers = [fresh.ask(image, q, max_tokens=6) for q in ("One?", "Two?", "One?")]
+    constant = len(vlm.tokenizer.encode(SYSTEM + USER))
+    assert lengths == [
+        a.prompt_tokens - n for a, n in zip(answers, (0, constant, constant), strict=True)
+    ]
+    assert answers[0].tokens == answers[2].tokens
+    ids = vlm.prompt_ids("Two?")
+    for token in answers[1].tokens:
+        assert int(vlm.logits(ids, [image])[0, -1].argmax().item()) == token
+        ids.append(token)

@@ -417,7 +417,7 @@ def test_an_oversized_pickle(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "data.pkl is larger" in refusal(file)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_damaged_pickle_never_raises_anything_else(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

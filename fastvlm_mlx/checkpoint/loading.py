@@ -15,6 +15,7 @@ from ..model import Network, flat_parameters
 from ..tokenizer import Tokenizer
 from .dialects import Dialect, canonical_names, detect
 from .fold import fold_vision
+from .half import choose_residual_scales
 from .layout import expected_tensors
 from .quantized import Quantization, dequantized, quantization_of
 from .reading import OpenCheckpoint, open_checkpoint
@@ -48,6 +49,7 @@ class LoadedCheckpoint:
     """A network in memory, and what is known about where it came from."""
 
     network: Network
+    config: Config
     source: Examined
 
 
@@ -78,13 +80,16 @@ def load_checkpoint(
     folder: Path,
     *,
     dtype: mx.Dtype,
+    vision_dtype: mx.Dtype | None = None,
     keep_quantized: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedCheckpoint:
     """Load a checkpoint directory of any dialect.
 
-    Weights become `dtype`; quantized ones stay quantized where `keep_quantized` (a tower that has
-    to be folded never does). `progress` is told (tensors done, tensors in all).
+    Weights become `dtype`, the encoder's `vision_dtype` if that is given; an encoder in float16
+    gets residual streams that cannot overflow (`half.py`). Quantized ones stay quantized where
+    `keep_quantized` (a tower that has to be folded never does). `progress` is told (tensors done,
+    tensors in all).
     Raises as `examine_checkpoint`, and CheckpointError for weights that are NaN or infinite.
     """
     source = examine_checkpoint(folder)
@@ -97,11 +102,15 @@ def load_checkpoint(
     refs = dequantized(source.refs, {n: q for n, q in source.quantized.items() if n not in packed})
     if not folded:
         refs = _apply_tie_policy(refs, source.config)
-    network = Network(source.config)
+    config = source.config
+    vision_dtype = vision_dtype or dtype
+    if vision_dtype == mx.float16 and not folded:
+        config = _in_float16_range(config, refs)
+    network = Network(config)
     _quantize_modules(network, packed)
-    _fill(network, _values(refs, source.config, source.dialect), dtype, progress)
+    _fill(network, _values(refs, config, source.dialect), dtype, vision_dtype, progress)
     network.eval()
-    return LoadedCheckpoint(network, source)
+    return LoadedCheckpoint(network, config, source)
 
 
 def _canonical(opened: OpenCheckpoint, dialect: Dialect, config: Config) -> tuple[Refs, bool]:
@@ -215,14 +224,22 @@ def _quantize_modules(network: Network, quantized: Mapping[str, Quantization]) -
         )
 
 
+def _in_float16_range(config: Config, refs: Refs) -> Config:
+    scales = choose_residual_scales(config.vision, _float32(refs))
+    return dataclasses.replace(
+        config, vision=dataclasses.replace(config.vision, residual_scales=scales)
+    )
+
+
+def _float32(refs: Refs) -> Callable[[str], mx.array]:
+    return lambda name: refs[name].load().astype(mx.float32)
+
+
 def _values(refs: Refs, config: Config, dialect: Dialect) -> Iterator[tuple[str, mx.array]]:
     """Yield (name in the network, array), the tower folded in float32."""
     if dialect is not Dialect.FOLDED:
         yield from (
-            (f"vision.{name}", array)
-            for name, array in fold_vision(
-                config.vision, lambda name: refs[name].load().astype(mx.float32)
-            )
+            (f"vision.{name}", array) for name, array in fold_vision(config.vision, _float32(refs))
         )
     for name, ref in refs.items():
         if dialect is Dialect.FOLDED or not name.startswith("vision."):
@@ -236,18 +253,24 @@ def _fill(
     network: Network,
     arrays: Iterator[tuple[str, mx.array]],
     dtype: mx.Dtype,
+    vision_dtype: mx.Dtype,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Cast, evaluate and hand over in batches, so that sources are freed as we go."""
     total = len(flat_parameters(network))
+    # On the CPU reading and casting overlap on two streams; both touch fresh memory, which is slow.
+    on_cpu = mx.default_device() == mx.cpu
+    stream = mx.new_stream(mx.cpu) if on_cpu else mx.default_stream(mx.default_device())
     loaded: list[tuple[str, mx.array]] = []
     batch: list[tuple[str, mx.array]] = []
     size = 0
     for name, array in arrays:
         # Integers are packed quantized weights; they have no other type.
-        value = array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
-        batch.append((name, value))
-        size += value.nbytes
+        if mx.issubdtype(array.dtype, mx.floating):
+            target = vision_dtype if name.startswith("vision.") else dtype
+            array = array.astype(target, stream=stream)
+        batch.append((name, array))
+        size += array.nbytes
         if size >= _BATCH_BYTES:
             _evaluate(batch)
             loaded += batch

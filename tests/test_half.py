@@ -1,0 +1,121 @@
+"""float16: residual streams that would overflow are scaled exactly, others are left alone."""
+
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.half import choose_residual_scales, probe_pixels
+from fastvlm_mlx.checkpoint.loading import examine_checkpoint
+from fastvlm_mlx.config import VisionConfig
+
+TOWER = "model.vision_tower.vision_tower.model.network"
+
+
+@pytest.fixture(scope="module")
+def loud(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tower whose stage 5 carries values beyond float16, as the genuine ones nearly do."""
+    folder = tmp_path_factory.mktemp("loud") / "checkpoint"
+    shutil.copytree(tiny, folder)
+    tensors = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(tensors, dict)
+    for layer in ("8.proj.1.reparam_conv", "9.reparam_conv"):
+        for part in ("weight", "bias"):
+            name = f"{TOWER}.{layer}.{part}"
+            tensors[name] = tensors[name] * 1000
+    # As after training, BatchNorm knows how large its input is.
+    statistics = f"{TOWER}.10.0.convffn.conv.bn.running_"
+    tensors[f"{statistics}mean"] = tensors[f"{statistics}mean"] * 1e6
+    tensors[f"{statistics}var"] = tensors[f"{statistics}var"].astype(mx.float32) * 1e12
+    # The last convolution brings it back, so that the features are as before.
+    name = "model.vision_tower.vision_tower.model.conv_exp.reparam_conv.weight"
+    tensors[name] = tensors[name].astype(mx.float32) * 1e-6
+    mx.eval(tensors)
+    (folder / "model.safetensors").unlink()
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    return folder
+
+
+def _pixels() -> mx.array:
+    return mx.random.uniform(shape=(1, 128, 128, 3), key=mx.random.key(5))
+
+
+def _error(got: mx.array, exact: mx.array) -> float:
+    return float(mx.abs(got.astype(mx.float32) - exact).max() / mx.abs(exact).max())
+
+
+def test_the_stream_really_overflows_without_scaling(
+    loud: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "fastvlm_mlx.checkpoint.loading.choose_residual_scales", lambda config, _: (1.0,) * 5
+    )
+    features = fv.load(loud, dtype="float16").vision(_pixels())
+    assert not bool(mx.isfinite(features).all().item())
+
+
+def test_scaled_float16_is_as_close_as_float16_can_be(loud: Path, tiny: Path) -> None:
+    exact = fv.load(loud, dtype="float32")
+    half = fv.load(loud, dtype="float16")
+    scales = half.config.vision.residual_scales
+    assert scales[:4] == (1.0, 1.0, 1.0, 1.0)
+    assert scales[4] < 1 and np.log2(scales[4]).is_integer()
+    error = _error(half.vision(_pixels()), exact.vision(_pixels()))
+    quiet = _error(
+        fv.load(tiny, dtype="float16").vision(_pixels()), fv.load(tiny).vision(_pixels())
+    )
+    assert error < 4 * quiet < 0.02
+
+
+def test_scaling_changes_nothing_in_float32(loud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power of two is exact: the scaled network gives the unscaled one's features bit for bit."""
+    from fastvlm_mlx.checkpoint import loading
+
+    exact = fv.load(loud, dtype="float32").vision(_pixels())
+    original = loading.load_checkpoint
+
+    def scaled(folder: Path, **options: object) -> object:
+        source = loading.examine_checkpoint(folder)
+        config = loading._in_float16_range(source.config, dict(source.refs))
+        monkeypatch.setattr(
+            loading,
+            "examine_checkpoint",
+            lambda _: __import__("dataclasses").replace(source, config=config),
+        )
+        return original(folder, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fastvlm_mlx.vlm.load_checkpoint", scaled)
+    other = fv.load(loud, dtype="float32")
+    assert other.config.vision.residual_scales[4] < 1
+    assert mx.array_equal(other.vision(_pixels()), exact)
+
+
+def test_a_quiet_tower_is_left_alone(tiny: Path) -> None:
+    assert fv.load(tiny, dtype="float16").config.vision == VisionConfig(
+        layers=(1, 1, 1, 1, 1), dims=fv.load(tiny).config.vision.dims,
+        mlp_ratios=fv.load(tiny).config.vision.mlp_ratios, image_size=256,
+    )  # fmt: skip
+
+
+def test_the_probe_is_a_picture() -> None:
+    pixels = probe_pixels(128)
+    assert pixels.shape == (1, 128, 128, 3)
+    assert float(pixels.min()) >= 0 and float(pixels.max()) <= 1
+    assert float(mx.var(pixels)) > 0.05
+
+
+def test_the_chosen_scale_brings_the_probe_below_the_target(loud: Path) -> None:
+    source = examine_checkpoint(loud)
+    vision = source.config.vision
+
+    def get(name: str) -> mx.array:
+        return source.refs[name].load().astype(mx.float32)
+
+    scales = choose_residual_scales(vision, get)
+    import dataclasses
+
+    again = choose_residual_scales(dataclasses.replace(vision, residual_scales=scales), get)
+    assert again == scales, "the choice does not depend on scales already in the config"
