@@ -29,3 +29,25 @@ def ttft(
 
     for name, (median, low, high) in measure_ttft(model, image, repeat, image_size).items():
         print(f"{name:<12} {median:9.1f} ms   ({low:.1f} to {high:.1f})")
+
+
+@app.command()
+def count(
+    side: Annotated[int, typer.Option(help="Input side, a multiple of 64.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+) -> None:
+    """Kernel launches, bytes and FLOPs of one FastViTHD encode on Metal, counted from the graph."""
+    from fastvlm_mlx.config import VisionConfig, check_side
+    from fastvlm_mlx.errors import OptionError
+    from fastvlm_mlx.vision import FastViTHD
+    from fastvlm_mlx.vlm import DTYPES
+
+    from .counting import count_encoder, total
+
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    costs = count_encoder(FastViTHD(VisionConfig()), check_side(side, "side"), DTYPES[dtype])
+    print(f"{'':<8} {'launches':>8} {'GB':>7} {'GFLOP':>8}")
+    for name, cost in [*costs.items(), ("total", total(costs.values()))]:
+        launches, moved, work = len(cost.launches), cost.bytes / 1e9, cost.flops / 1e9
+        print(f"{name:<8} {launches:>8} {moved:>7.3f} {work:>8.1f}")

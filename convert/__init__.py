@@ -1,0 +1,1 @@
+"""Checkpoint conversion: recipes, quantization, streaming, verification, model card."""

@@ -12,6 +12,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chat import Chat
     from .errors import (
         CheckpointError,
         FastVLMError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Answer": "generation",
+    "Chat": "chat",
     "CheckpointError": "errors",
     "Chunk": "generation",
     "EncodedImage": "vlm",
@@ -46,6 +48,7 @@ _HOME = {
 __all__ = [
     "IMAGE",
     "Answer",
+    "Chat",
     "CheckpointError",
     "Chunk",
     "EncodedImage",

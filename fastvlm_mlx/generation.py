@@ -126,7 +126,7 @@ class Stream:
     """An answer while it is being produced: iterate over its chunks."""
 
     def __init__(self, chunks: Iterator[Chunk], prompt_tokens: int, eos: frozenset[int]) -> None:
-        self._chunks, self._eos = chunks, eos
+        self.chunks, self.eos = chunks, eos
         self._text = ""
         self._tokens: list[int] = []
         self._last: Chunk | None = None
@@ -136,9 +136,9 @@ class Stream:
         return self
 
     def __next__(self) -> Chunk:
-        chunk = next(self._chunks)
+        chunk = next(self.chunks)
         self._text += chunk.text
-        if chunk.token not in self._eos:
+        if chunk.token not in self.eos:
             self._tokens.append(chunk.token)
         self._last = chunk
         return chunk
@@ -188,9 +188,10 @@ class Prefix:
         if self._states or not self._begins(ids):
             return
         length = len(self._ids)
+        layers: list[Any] = list(cache)
         self._states = [
             (mx.contiguous(c.keys[..., :length, :]), mx.contiguous(c.values[..., :length, :]))
-            for c in cache
+            for c in layers
         ]
         mx.async_eval(self._states)
 
@@ -203,24 +204,25 @@ def generate(
     tokenizer: Tokenizer,
     ids: Sequence[int],
     images: Sequence[mx.array],
-    prefix: Prefix,
+    cache: "list[KVCache]",
     options: Options,
     eos: frozenset[int],
     timings: Timings,
+    after_prefill: Callable[[], None] = lambda: None,
 ) -> Iterator[Chunk]:
-    """Answer the prompt of expanded `ids`, whose IMAGE slots take `images` (N, hidden) in order.
+    """Answer expanded `ids`, whose IMAGE slots take `images` (N, hidden), continuing `cache`.
 
     `timings` holds what was measured before; prefill, first_token and decode are added to it.
+    The cache ends up with the ids and all answer tokens but perhaps the last.
     """
     if options.seed is not None:
         mx.random.seed(options.seed)
     choose = _sampler(options, network.vocabulary)
     started = time.perf_counter()
-    cache, done = prefix.start(network, ids)
-    logits = network.prefill(network.embed(ids[done:], images), cache)
+    logits = network.prefill(network.embed(ids, images), cache)
     mx.eval(logits)
     prefilled = time.perf_counter()
-    prefix.learn(ids, cache)
+    after_prefill()
     history: list[int] = []
     upcoming = choose(logits, history)
     token = _token(upcoming)

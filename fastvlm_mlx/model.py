@@ -32,7 +32,7 @@ class Projector(nn.Module):
         self.fc2 = nn.Linear(hidden, hidden)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(ops.gelu(self.fc1(x)))
+        return self.fc2(ops.exact_gelu(self.fc1(x)))
 
 
 class Network(nn.Module):

@@ -11,6 +11,7 @@ from urllib.request import Request, urlopen
 
 import mlx.core as mx
 
+from . import ops
 from .blas import INSTALL_HINT, openblas_loaded
 from .checkpoint.loading import examine_checkpoint
 from .model import parameter_counts
@@ -77,6 +78,10 @@ def describe_machine() -> dict[str, Any]:
             "no g++ on PATH: MLX skips compilation on the CPU",
             "faster: apt install g++",
         ]
+    facts["operations"] = [
+        f"{status.op}: {status.form}, error {status.error:.0e} ({status.reason})"
+        for status in ops.statuses()
+    ]
     facts["Hub"] = _hub()
     return facts
 

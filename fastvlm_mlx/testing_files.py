@@ -144,7 +144,7 @@ def metadata_files(
     """Write everything but the weights; the tokenizer's files are copied from `tokenizer`."""
     native = dialect.startswith("native")
     if native:
-        contents = _native_config(size, config, vocabulary, dtype)
+        contents = _native_config(size, config, vocabulary, dtype, fused=dialect == "native")
     else:
         contents = _flat_config(size, config, vocabulary, dtype)
         if dialect == "mlx-vlm" or size == "tiny":
@@ -228,12 +228,14 @@ def _flat_config(size: str, config: Config, vocabulary: Vocabulary, dtype: str) 
     }
 
 
-def _native_config(size: str, config: Config, vocabulary: Vocabulary, dtype: str) -> dict[str, Any]:
+def _native_config(
+    size: str, config: Config, vocabulary: Vocabulary, dtype: str, *, fused: bool
+) -> dict[str, Any]:
     text, vision = config.text, config.vision
     tower: dict[str, Any] = {
         "model_type": "timm_wrapper",
         "architecture": "fastvit_mci3",
-        "model_args": {"inference_mode": True},
+        "model_args": {"inference_mode": fused},
         "hidden_size": vision.out_dim,
         "num_features": vision.out_dim,
         "global_pool": "avg",

@@ -63,6 +63,10 @@ class Tokenizer:
     def __len__(self) -> int:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    def save(self, path: Path) -> None:
+        """Write it as a single tokenizer.json."""
+        self._backend.save(str(path), pretty=False)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens written in it are recognised, none is added."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
@@ -120,8 +124,9 @@ def _byte_level_bpe(folder: Path) -> HFTokenizer:
     backend.decoder = decoders.ByteLevel()
     added = _added_tokens(folder)
     size = backend.get_vocab_size()
-    for expected, (token_id, content) in enumerate(sorted(added.items()), start=size):
-        backend.add_special_tokens([AddedToken(content, normalized=False, special=True)])
+    for expected, (token_id, (content, special)) in enumerate(sorted(added.items()), start=size):
+        add = backend.add_special_tokens if special else backend.add_tokens
+        add([AddedToken(content, normalized=False, special=special)])
         if backend.token_to_id(content) != token_id:
             raise CheckpointError(
                 f"Added token {content!r} in {folder} should have id {token_id}, but vocab.json "
@@ -130,15 +135,16 @@ def _byte_level_bpe(folder: Path) -> HFTokenizer:
     return backend
 
 
-def _added_tokens(folder: Path) -> dict[int, str]:
-    found: dict[int, str] = {}
+def _added_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
+    """Id -> content, and whether the token is special (left out of decoded text)."""
     plain: dict[str, int] = _json(folder / "added_tokens.json")
-    found.update({i: content for content, i in plain.items()})
+    found = {i: (content, True) for content, i in plain.items()}
     config = _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    found.update({int(i): token["content"] for i, token in config.items()})
+    for i, token in config.items():
+        found[int(i)] = (token["content"], bool(token.get("special", True)))
     # The vocabulary itself may already hold them (tokenizers re-saved by other libraries).
     vocabulary: Iterable[str] = _json(folder / "vocab.json")
-    return {i: c for i, c in found.items() if c not in vocabulary}
+    return {i: token for i, token in found.items() if token[0] not in vocabulary}
 
 
 def _json(path: Path) -> Any:

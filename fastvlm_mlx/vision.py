@@ -63,8 +63,8 @@ class Stem(nn.Module):
         self.pointwise = nn.Linear(dim, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.depthwise(ops.gelu(self.conv(x)))
-        return ops.gelu(self.pointwise(x))
+        x = self.depthwise(ops.stem_conv(x, self.conv.weight, self.conv.bias))
+        return _linear_gelu(self.pointwise, x)
 
 
 class Downsample(nn.Module):
@@ -76,7 +76,13 @@ class Downsample(nn.Module):
         self.pointwise = nn.Linear(2 * dim, 2 * dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return ops.gelu(self.pointwise(self.depthwise(x)))
+        return _linear_gelu(self.pointwise, self.depthwise(x))
+
+
+def _linear_gelu(layer: nn.Module, x: mx.array) -> mx.array:
+    if isinstance(layer, nn.QuantizedLinear):
+        return ops.exact_gelu(layer(x))
+    return ops.linear_gelu(x, layer.weight, layer.bias)
 
 
 class ConvFFN(nn.Module):
@@ -90,7 +96,7 @@ class ConvFFN(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         if isinstance(self.fc1, nn.QuantizedLinear) or isinstance(self.fc2, nn.QuantizedLinear):
-            return x + self.fc2(ops.gelu(self.fc1(self.conv(x))))
+            return x + self.fc2(ops.exact_gelu(self.fc1(self.conv(x))))
         return ops.ffn(self.conv(x), x, self.fc1.weight, self.fc1.bias, self.fc2.weight)
 
 
@@ -121,7 +127,7 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         batch, height, width, dim = x.shape
         normed = mx.fast.layer_norm(x, None, None, self._eps)
-        mixed = ops.attention(self.qkv(normed).reshape(batch, -1, 3 * dim), self._heads)
+        mixed = ops.self_attention(self.qkv(normed).reshape(batch, -1, 3 * dim), self._heads)
         mixed = mixed.reshape(batch, height, width, dim)
         residual = x + self.residual_bias
         if isinstance(self.proj, nn.QuantizedLinear):
@@ -175,7 +181,7 @@ class Head(nn.Module):
         x = self.conv(x)
         pooled = x.mean(axis=(1, 2), keepdims=True)
         gate = mx.sigmoid(self.expand(nn.relu(self.reduce(pooled))))
-        return ops.gelu(x * gate)
+        return ops.exact_gelu(x * gate)
 
 
 class FastViTHD(nn.Module):

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,12 +21,19 @@ from .prompt import SYSTEM, USER, expand, prompt_ids
 from .tokenizer import Tokenizer
 from .vision import FastViTHD
 
+if TYPE_CHECKING:
+    from mlx_lm.models.cache import KVCache
+
+    from .chat import Chat
+
 __all__ = [
     "DEFAULT_PROMPT",
     "DTYPES",
     "EncodedImage",
     "FastVLM",
+    "Image",
     "Images",
+    "as_list",
     "default_model",
     "load",
     "quantize_linears",
@@ -93,6 +100,9 @@ def load(
     if fit not in ("pad", "crop"):
         raise OptionError(f"fit is {fit!r}; expected 'pad' or 'crop'.")
     on_gpu = mx.default_device() == mx.gpu
+    if mx.metal.is_available():
+        # Once, so that macOS keeps the weights resident; 15 and later, a no-op before.
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     with checkpoint_folder(model or default_model(), revision, announce) as folder:
         loaded = load_checkpoint(
             folder,
@@ -155,14 +165,19 @@ class FastVLM:
         OptionError, ImageError, and PromptError (slots, context window).
         """
         chosen = make_options(options)
-        ids, encoded, timings = self._prepare(_as_list(images), question)
-        room = self._check_context(len(ids))
-        chosen = dataclasses.replace(chosen, max_tokens=min(chosen.max_tokens, room))
-        eos = self.config.eos_token_ids
-        chunks = generate(
-            self.network, self.tokenizer, ids, encoded, self._prefix, chosen, eos, timings
+        sources = as_list(images)
+        prompt = self.prompt_ids(question, len(sources))
+        ids, encoded, timings = self.prepare(prompt, sources)
+        cache, done = self._prefix.start(self.network, ids)
+        return self.answer(
+            ids[done:], encoded, cache, chosen, timings, lambda: self._prefix.learn(ids, cache)
         )
-        return Stream(chunks, len(ids), eos)
+
+    def chat(self, *images: Image) -> "Chat":
+        """Begin a conversation about pictures; each is encoded once, the KV cache is kept."""
+        from .chat import Chat
+
+        return Chat(self, images)
 
     def encode(self, image: ImageSource) -> EncodedImage:
         """Run the encoder once; the value can be asked about any number of times."""
@@ -176,18 +191,35 @@ class FastVLM:
 
     def logits(self, token_ids: Sequence[int], images: Images = ()) -> mx.array:
         """Logits (1, L, vocab) of a whole prompt, in which `IMAGE` stands once per picture."""
-        encoded = [self._as_encoded(image).tokens for image in _as_list(images)]
+        encoded = [self._as_encoded(image).tokens for image in as_list(images)]
         ids = expand(token_ids, [tokens.shape[0] for tokens in encoded])
         self._check_context(len(ids))
         return self.network.logits(self.network.embed(ids, encoded))
 
-    def _prepare(
-        self, images: Sequence[Image], question: str
+    def answer(
+        self,
+        ids: list[int],
+        images: list[mx.array],
+        cache: "list[KVCache]",
+        options: Options,
+        timings: Timings,
+        after_prefill: Callable[[], None] = lambda: None,
+    ) -> Stream:
+        """Generate from expanded ids and image tokens, continuing `cache`. Raises PromptError."""
+        length = cache[0].offset + len(ids)
+        room = self._check_context(length)
+        options = dataclasses.replace(options, max_tokens=min(options.max_tokens, room))
+        eos = self.config.eos_token_ids
+        chunks = generate(
+            self.network, self.tokenizer, ids, images, cache, options, eos, timings, after_prefill
+        )
+        return Stream(chunks, length, eos)
+
+    def prepare(
+        self, prompt: Sequence[int], images: Sequence[Image]
     ) -> tuple[list[int], list[mx.array], Timings]:
-        """Expanded token ids, image tokens, and what they cost."""
+        """Expanded token ids, image tokens, and what they cost; `prompt` has IMAGE per picture."""
         clock = _Clock()
-        unexpanded = self.prompt_ids(question, len(images))
-        clock.lap("preprocess")
         encoded: list[mx.array] = []
         for image in images:
             if isinstance(image, EncodedImage):
@@ -201,7 +233,7 @@ class FastVLM:
             encoded.append(self._encode(pixels))
             mx.async_eval(encoded[-1])
             clock.lap("encode")
-        ids = expand(unexpanded, [tokens.shape[0] for tokens in encoded])
+        ids = expand(prompt, [tokens.shape[0] for tokens in encoded])
         clock.lap("preprocess")
         mx.eval(encoded)
         clock.lap("encode")
@@ -263,7 +295,7 @@ def make_options(given: dict[str, Any]) -> Options:
     return Options(**given)
 
 
-def _as_list(images: Images) -> list[Image]:
+def as_list(images: Images) -> list[Image]:
     return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
 
 

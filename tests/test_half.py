@@ -79,7 +79,7 @@ def test_scaling_changes_nothing_in_float32(loud: Path, monkeypatch: pytest.Monk
 
     def scaled(folder: Path, **options: object) -> object:
         source = loading.examine_checkpoint(folder)
-        config = loading._in_float16_range(source.config, dict(source.refs))
+        config = loading.in_float16_range(source.config, dict(source.refs))
         monkeypatch.setattr(
             loading,
             "examine_checkpoint",

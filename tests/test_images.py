@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from fastvlm_mlx import images
+from fastvlm_mlx import fetching
 from fastvlm_mlx.errors import ImageError, OptionError
 from fastvlm_mlx.images import fit_image, load_image, to_pixels
 
@@ -678,17 +678,17 @@ def test_urls_that_give_no_image(server: str, path: str, message: str) -> None:
 def test_a_download_has_a_limit(server: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is not an image" in refusal(server + path, allow_private_urls=True)
     assert "100 MB" in refusal(server + "/large-claimed", allow_private_urls=True)
-    monkeypatch.setattr(images, "_MAX_DOWNLOAD", LARGE - 1)
+    monkeypatch.setattr(fetching, "_MAX_DOWNLOAD", LARGE - 1)
     assert "is larger than" in refusal(server + path, allow_private_urls=True)
 
 
 def test_a_silent_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_SOCKET_SECONDS", 0.1)
+    monkeypatch.setattr(fetching, "_SOCKET_SECONDS", 0.1)
     assert "no answer within 0.1 s" in refusal(server + "/slow.png", allow_private_urls=True)
 
 
 def test_a_slow_download(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_FETCH_SECONDS", 0.0)
+    monkeypatch.setattr(fetching, "_FETCH_SECONDS", 0.0)
     assert "too slow" in refusal(server + "/ok.png", allow_private_urls=True)
 
 
@@ -701,7 +701,7 @@ def test_private_addresses_are_refused_unless_allowed(server: str) -> None:
 
 
 def test_redirects_are_checked_too(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(fetching, "_is_public", lambda address: address == "127.0.0.1")
     assert load_image(server + "/once").size == (3, 2)
     assert "10.1.2.3, which is not a public address" in refusal(server + "/to-private")
 
@@ -716,7 +716,7 @@ def test_redirects_are_checked_too(server: str, monkeypatch: pytest.MonkeyPatch)
      ("::ffff:93.184.216.34", True), ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False)],
 )  # fmt: skip
 def test_which_addresses_are_public(address: str, public: bool) -> None:
-    assert images._is_public(address) is public
+    assert fetching._is_public(address) is public
 
 
 def test_the_checked_address_is_the_one_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,15 @@ from .reading import OpenCheckpoint, open_checkpoint
 from .reparam import fuse, is_training_form
 from .tensors import TensorRef
 
-__all__ = ["Examined", "LoadedCheckpoint", "examine_checkpoint", "load_checkpoint"]
+__all__ = [
+    "Examined",
+    "LoadedCheckpoint",
+    "examine_checkpoint",
+    "in_float16_range",
+    "load_checkpoint",
+    "network_values",
+    "unpacked",
+]
 
 Refs = dict[str, TensorRef]
 _EMBEDDING = "language_model.model.embed_tokens"
@@ -99,18 +107,25 @@ def load_checkpoint(
         for name, how in source.quantized.items()
         if keep_quantized and (folded or not name.startswith("vision."))
     }
-    refs = dequantized(source.refs, {n: q for n, q in source.quantized.items() if n not in packed})
-    if not folded:
-        refs = _apply_tie_policy(refs, source.config)
+    refs = unpacked(source, packed)
     config = source.config
     vision_dtype = vision_dtype or dtype
     if vision_dtype == mx.float16 and not folded:
-        config = _in_float16_range(config, refs)
+        config = in_float16_range(config, refs)
     network = Network(config)
     _quantize_modules(network, packed)
-    _fill(network, _values(refs, config, source.dialect), dtype, vision_dtype, progress)
+    _fill(network, network_values(refs, config, source.dialect), dtype, vision_dtype, progress)
     network.eval()
     return LoadedCheckpoint(network, config, source)
+
+
+def unpacked(source: Examined, keep: Collection[str] = ()) -> Refs:
+    """The source's tensors, quantized modules but those in `keep` as floats, lazily.
+
+    An lm_head beside tied embeddings is left out, with a warning if it differs.
+    """
+    refs = dequantized(source.refs, {n: q for n, q in source.quantized.items() if n not in keep})
+    return refs if source.dialect is Dialect.FOLDED else _apply_tie_policy(refs, source.config)
 
 
 def _canonical(opened: OpenCheckpoint, dialect: Dialect, config: Config) -> tuple[Refs, bool]:
@@ -224,7 +239,8 @@ def _quantize_modules(network: Network, quantized: Mapping[str, Quantization]) -
         )
 
 
-def _in_float16_range(config: Config, refs: Refs) -> Config:
+def in_float16_range(config: Config, refs: Refs) -> Config:
+    """The config with residual scales under which the unfolded tower in `refs` fits float16."""
     scales = choose_residual_scales(config.vision, _float32(refs))
     return dataclasses.replace(
         config, vision=dataclasses.replace(config.vision, residual_scales=scales)
@@ -235,7 +251,7 @@ def _float32(refs: Refs) -> Callable[[str], mx.array]:
     return lambda name: refs[name].load().astype(mx.float32)
 
 
-def _values(refs: Refs, config: Config, dialect: Dialect) -> Iterator[tuple[str, mx.array]]:
+def network_values(refs: Refs, config: Config, dialect: Dialect) -> Iterator[tuple[str, mx.array]]:
     """Yield (name in the network, array), the tower folded in float32."""
     if dialect is not Dialect.FOLDED:
         yield from (

@@ -16,6 +16,7 @@ from .tensors import TensorRef
 __all__ = ["Quantization", "dequantized", "quantization_of"]
 
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+_WITHOUT_BIASES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,20 @@ def _one(
             f"{scales.shape} do not describe {shape}."
         )
     own = config.get(name)
-    mode = (own if isinstance(own, Mapping) else config).get("mode", "affine")
-    if mode not in _MODES:
+    declared = (own if isinstance(own, Mapping) else config).get("mode", "affine")
+    if declared not in _MODES:
         raise CheckpointError(
-            f"{name} is quantized as {mode!r}; expected one of {', '.join(_MODES)}."
+            f"{name} is quantized as {declared!r}; expected one of {', '.join(_MODES)}."
         )
-    if (mode == "affine") != (f"{name}.biases" in refs):
-        raise CheckpointError(f"{name}: mode {mode!r} and the tensors in the file disagree.")
-    return Quantization(bits, inputs // groups, mode)
+    # The tensors tell the mode; peers' configs name modules in their own way.
+    group = inputs // groups
+    mode = "affine" if f"{name}.biases" in refs else _WITHOUT_BIASES.get((bits, group))
+    if mode is None:
+        raise CheckpointError(
+            f"{name} is quantized to {bits} bits in groups of {group} without biases, which is no "
+            "mode of MLX; the file is incomplete."
+        )
+    return Quantization(bits, group, mode)
 
 
 def expected_rows(

@@ -100,6 +100,12 @@ def _fused_convolution(owner: str, group: Mapping[str, TensorRef]) -> dict[str, 
             f"{'missing' if model is None else f'of shape {model.shape}'}; expected 4 dimensions."
         )
     shape = model.shape
+    absent = [name for name in _required(owner, kernel, shape) if name not in group]
+    if absent:
+        raise CheckpointError(
+            f"{owner} is in training form but lacks {absent[0]}; every branch is needed, the "
+            "checkpoint is incomplete."
+        )
     dry = _Branches(owner, group, dry=True)
     kernel(dry, shape)
     dry.finish()
@@ -111,6 +117,19 @@ def _fused_convolution(owner: str, group: Mapping[str, TensorRef]) -> dict[str, 
         f"{owner}.{fused}.weight": TensorRef("F32", shape, lambda: compute(0)),
         f"{owner}.{fused}.bias": TensorRef("F32", shape[:1], lambda: compute(1)),
     }
+
+
+def _required(owner: str, kernel: object, shape: Shape) -> list[str]:
+    """A tensor of each branch that this convolution is trained with (notes, section 4)."""
+    if kernel is _repmixer:
+        skips = ["norm.rbr_skip.weight", "mixer.rbr_skip.weight"]
+        return [*skips, "mixer.rbr_scale.conv.weight", "layer_scale"]
+    if kernel is _large_kernel:
+        return ["small_conv.conv.weight"]
+    if kernel is _position:
+        return ["pe.bias"]
+    names = ["rbr_skip.weight"] if shape[0] == shape[1] and shape[2:] == (1, 1) else []
+    return [*names, "rbr_scale.conv.weight"] if owner.endswith("conv_exp") else names
 
 
 def _mobile_one(branches: _Branches, shape: Shape, prefix: str = "") -> Kernel:

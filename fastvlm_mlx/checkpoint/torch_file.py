@@ -2,8 +2,7 @@
 
 torch.save (1.6 and newer) writes a zip: `NAME/data.pkl`, a pickle of the state dict in which each
 tensor is a storage key, offset, shape and strides, and `NAME/data/KEY`, the storages' raw bytes.
-The pickle is interpreted here, by a machine that knows the few opcodes torch.save emits and has
-no way to import or call anything: a global is a name to compare with a list, and that is all.
+The pickle is interpreted in torch_pickle.py; here its descriptions meet the bytes.
 """
 
 from __future__ import annotations
@@ -11,10 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import mmap
-import pickletools
 import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,65 +18,15 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .tensors import TensorRef
+from .torch_pickle import DTYPES, Storage, Tensor, interpret, kind_of
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 __all__ = ["read_torch_file"]
 
-# torch dtype -> (safetensors name, storage class, how NumPy sees the bytes)
-_DTYPES: dict[str, tuple[str, str, str]] = {
-    "float64": ("F64", "DoubleStorage", "<f8"),
-    "float32": ("F32", "FloatStorage", "<f4"),
-    "float16": ("F16", "HalfStorage", "<f2"),
-    "bfloat16": ("BF16", "BFloat16Storage", "<u2"),
-    "int64": ("I64", "LongStorage", "<i8"),
-    "int32": ("I32", "IntStorage", "<i4"),
-    "int16": ("I16", "ShortStorage", "<i2"),
-    "int8": ("I8", "CharStorage", "<i1"),
-    "uint8": ("U8", "ByteStorage", "<u1"),
-    "bool": ("BOOL", "BoolStorage", "<u1"),
-    "uint16": ("U16", "", "<u2"),
-    "uint32": ("U32", "", "<u4"),
-    "uint64": ("U64", "", "<u8"),
-}
-_STORAGES = {storage: dtype for dtype, (_, storage, _) in _DTYPES.items() if storage}
-_UNTYPED = "UntypedStorage"
-_CALLABLE = {
-    "collections.OrderedDict",
-    "torch.Size",
-    "torch.device",
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
-}
 # The pickle of the largest published checkpoint is under 1 MB.
 _MAX_PICKLE = 64 << 20
-
-
-@dataclass(frozen=True)
-class _Global:
-    """A name in the pickle; never resolved to anything."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Storage:
-    dtype: str  # "" for untyped bytes
-    key: str
-    length: int  # in elements of dtype; in bytes if untyped
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    storage: _Storage
-    dtype: str
-    offset: int  # offset and strides count elements
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 def read_torch_file(path: Path) -> dict[str, TensorRef]:
@@ -105,7 +51,7 @@ def read_torch_file(path: Path) -> dict[str, TensorRef]:
         raise _damaged(path, error) from error
 
     try:
-        root = _interpret(pickled, path)
+        root = interpret(pickled, path)
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
@@ -114,12 +60,12 @@ def read_torch_file(path: Path) -> dict[str, TensorRef]:
     starts: dict[str, int] = {}
     refs = {}
     for name, tensor in _state_dict(root, path).items():
-        key = tensor.storage.key
+        storage, key = tensor.storage, tensor.storage.key
         if key not in starts:
-            starts[key] = _locate(buffer, entries.get(f"{prefix}data/{key}"), tensor, path)
+            starts[key] = _locate(buffer, entries.get(f"{prefix}data/{key}"), storage, path)
         _check_bounds(tensor, f"{path}: {name!r}")
         load = functools.partial(_load, buffer, starts[key], tensor)
-        refs[name] = TensorRef(_DTYPES[tensor.dtype][0], tensor.shape, load)
+        refs[name] = TensorRef(DTYPES[tensor.dtype][0], tensor.shape, load)
     return refs
 
 
@@ -178,9 +124,9 @@ def _read_pickle(archive: zipfile.ZipFile, path: Path) -> tuple[str, bytes]:
     return prefix, archive.read(found[0])
 
 
-def _locate(buffer: mmap.mmap, entry: zipfile.ZipInfo | None, tensor: _Tensor, path: Path) -> int:
+def _locate(buffer: mmap.mmap, entry: zipfile.ZipInfo | None, storage: Storage, path: Path) -> int:
     """Where the storage's bytes start in the file; checked to be there in full."""
-    key, storage = tensor.storage.key, tensor.storage
+    key = storage.key
     if entry is None:
         raise CheckpointError(
             f"{path}: storage {key!r} is missing from the zip: download the file again"
@@ -195,7 +141,7 @@ def _locate(buffer: mmap.mmap, entry: zipfile.ZipInfo | None, tensor: _Tensor, p
     fixed = buffer[header : header + 30]
     lengths = int.from_bytes(fixed[26:28], "little") + int.from_bytes(fixed[28:30], "little")
     start = header + 30 + lengths
-    width = np.dtype(_DTYPES[storage.dtype][2]).itemsize if storage.dtype else 1
+    width = np.dtype(DTYPES[storage.dtype][2]).itemsize if storage.dtype else 1
     need = storage.length * width
     if fixed[:4] != b"PK\x03\x04" or need > entry.file_size or start + need > len(buffer):
         raise CheckpointError(
@@ -205,8 +151,8 @@ def _locate(buffer: mmap.mmap, entry: zipfile.ZipInfo | None, tensor: _Tensor, p
     return start
 
 
-def _check_bounds(tensor: _Tensor, name: str) -> None:
-    storage, width = tensor.storage, np.dtype(_DTYPES[tensor.dtype][2]).itemsize
+def _check_bounds(tensor: Tensor, name: str) -> None:
+    storage, width = tensor.storage, np.dtype(DTYPES[tensor.dtype][2]).itemsize
     room = storage.length if storage.dtype else storage.length // width
     count = math.prod(tensor.shape)
     last = tensor.offset + sum(
@@ -224,10 +170,10 @@ def _check_bounds(tensor: _Tensor, name: str) -> None:
         )
 
 
-def _load(buffer: mmap.mmap, start: int, tensor: _Tensor) -> mx.array:
+def _load(buffer: mmap.mmap, start: int, tensor: Tensor) -> mx.array:
     import mlx.core as mx
 
-    kind = np.dtype(_DTYPES[tensor.dtype][2])
+    kind = np.dtype(DTYPES[tensor.dtype][2])
     if 0 in tensor.shape:
         values = np.zeros(tensor.shape, kind)
     else:
@@ -253,10 +199,10 @@ def _load(buffer: mmap.mmap, start: int, tensor: _Tensor) -> mx.array:
 # --- what is in it ---
 
 
-def _state_dict(root: Any, path: Path) -> dict[str, _Tensor]:
+def _state_dict(root: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(root, dict):
         raise CheckpointError(
-            f"{path} holds a {_kind(root)}, expected a state dict: save model.state_dict()"
+            f"{path} holds a {kind_of(root)}, expected a state dict: save model.state_dict()"
         )
     inside = [key for key, value in root.items() if isinstance(value, dict) and _has_tensors(value)]
     if len(inside) + _has_tensors(root) > 1:
@@ -272,171 +218,16 @@ def _state_dict(root: Any, path: Path) -> dict[str, _Tensor]:
         )
     tensors = {}
     for name, value in (root[inside[0]] if inside else root).items():
-        if isinstance(value, _Tensor) and isinstance(name, str):
+        if isinstance(value, Tensor) and isinstance(name, str):
             tensors[name] = value
         # Bookkeeping such as a step count or version is no weight, and nothing is lost with it.
         elif not isinstance(value, (int, float, str, type(None))):
             raise CheckpointError(
-                f"{path}: the state dict's entry {name!r} is a {_kind(value)}, expected a tensor "
+                f"{path}: the state dict's entry {name!r} is a {kind_of(value)}, expected a tensor "
                 "with a name: save only tensors"
             )
     return tensors
 
 
 def _has_tensors(values: dict[Any, Any]) -> bool:
-    return any(isinstance(value, _Tensor) for value in values.values())
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__.lstrip("_").lower()
-
-
-# --- the pickle ---
-
-
-def _interpret(data: bytes, path: Path) -> Any:
-    """Rebuild dicts, lists, tuples, numbers, strings, and tensors' descriptions; nothing else."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def pop_to_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    argument: Any
-    for opcode, argument, _ in pickletools.genops(data):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-            case (
-                "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT" | "BINUNICODE"
-                | "SHORT_BINUNICODE" | "BINUNICODE8" | "BINBYTES" | "SHORT_BINBYTES"
-            ):  # fmt: skip
-                stack.append(argument)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(pop_to_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "APPEND":
-                item = stack.pop()
-                _of(list, stack[-1]).append(item)
-            case "APPENDS":
-                items = pop_to_mark()
-                _of(list, stack[-1]).extend(items)
-            case "SETITEM":
-                key, item = stack[-2:]
-                del stack[-2:]
-                _of(dict, stack[-1])[key] = item
-            case "SETITEMS":
-                items = pop_to_mark()
-                _of(dict, stack[-1]).update(zip(items[::2], items[1::2], strict=True))
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL":
-                module, name = argument.split(" ", 1)
-                stack.append(_allowed(module, name, path))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(_allowed(_of(str, module), _of(str, name), path))
-            case "BINPERSID":
-                stack.append(_storage(stack.pop()))
-            case "REDUCE":
-                arguments, function = _of(tuple, stack.pop()), _of(_Global, stack.pop())
-                stack.append(_rebuild(function.name, arguments))
-            case "BUILD":  # attributes, such as a state dict's _metadata
-                stack.pop()
-                _of((dict, _Tensor), stack[-1])
-            case "STOP":
-                if len(stack) != 1 or marks:
-                    raise ValueError("the pickle leaves values behind")
-                return stack[0]
-            case _:
-                raise CheckpointError(
-                    f"{path}: its pickle uses {opcode.name}, which torch.save does not write; "
-                    f"nothing was executed. {_RESAVE}"
-                )
-    raise ValueError("the pickle has no end")
-
-
-_RESAVE = (
-    "Expected only tensors: use a safetensors version of the file, or, if you trust it, load it "
-    "with torch and save model.state_dict()"
-)
-
-
-def _of(kind: Any, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"the pickle has a {_kind(value)} in the wrong place")
-    return value
-
-
-def _allowed(module: str, name: str, path: Path) -> _Global:
-    full = f"{module}.{name}"
-    storage = module in ("torch", "torch.storage", "torch.cuda") and name in (*_STORAGES, _UNTYPED)
-    if full in _CALLABLE or storage or (module == "torch" and name in _DTYPES):
-        return _Global(full)
-    raise CheckpointError(
-        f"{path}: its pickle asks for {full!r}, which is not a tensor of a kind that is read here; "
-        f"nothing was executed. {_RESAVE}"
-    )
-
-
-def _storage(identity: Any) -> _Storage:
-    kind, storage, key, _, length = _of(tuple, identity)[:5]
-    name = _of(_Global, storage).name.rsplit(".", 1)[-1]
-    if kind != "storage" or (name not in _STORAGES and name != _UNTYPED):
-        raise ValueError("the pickle refers to something other than a storage")
-    return _Storage(_STORAGES.get(name, ""), _of(str, key), _natural([length])[0])
-
-
-def _natural(values: Iterable[Any]) -> tuple[int, ...]:
-    numbers = tuple(values)
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise ValueError(f"expected whole numbers that are not negative, got {numbers!r:.80}")
-    return numbers
-
-
-def _rebuild(name: str, arguments: tuple[Any, ...]) -> Any:
-    match name.rsplit(".", 1)[-1]:
-        case "OrderedDict":
-            return dict(*arguments[:1])
-        case "Size":
-            return _natural(_of((tuple, list), arguments[0]))
-        case "device":
-            return ":".join(str(part) for part in arguments)
-        case "_rebuild_parameter" | "_rebuild_parameter_with_state":
-            return _of(_Tensor, arguments[0])
-        case "_rebuild_tensor" | "_rebuild_tensor_v2" | "_rebuild_tensor_v3" as function:
-            storage = _of(_Storage, arguments[0])
-            dtype = storage.dtype
-            if function == "_rebuild_tensor_v3":
-                dtype = _of(_Global, arguments[6]).name.rsplit(".", 1)[-1]
-            if dtype not in _DTYPES or (storage.dtype and storage.dtype != dtype):
-                raise ValueError(f"a tensor of {dtype!r} in a storage of {storage.dtype!r}")
-            offset = _natural(arguments[1:2])[0]
-            shape, strides = _natural(arguments[2]), _natural(arguments[3])
-            # MLX's own limits are near; without any, an empty tensor could overflow NumPy's.
-            if len(shape) > 16 or math.prod(max(n, 1) for n in shape) > 2**40:
-                raise ValueError(f"a tensor of shape {shape!r:.80}")
-            if len(shape) != len(strides):
-                raise ValueError(f"shape {shape} with strides {strides!r:.80}")
-            return _Tensor(storage, dtype, offset, shape, strides)
-    raise ValueError(f"{name} is called, but is no function")
+    return any(isinstance(value, Tensor) for value in values.values())

@@ -1,8 +1,26 @@
-"""The encoder's own operations: one public function each, fast where the device allows."""
+"""The encoder's own operations: one public function each, fast where the device allows.
 
-from .attention import attention
+In each file the plain form comes first: it is the specification. The special forms (Metal kernels,
+strips on the CPU) compute the same numbers; `FASTVLM_OPS=reference` turns all of them off.
+"""
+
+from .attention import self_attention
 from .depthwise import depthwise_conv
-from .gelu import gelu
-from .linear import ffn
+from .device import assume, backend
+from .gelu import exact_gelu
+from .linear import ffn, linear_gelu
+from .status import OpStatus, statuses
+from .stem import stem_conv
 
-__all__ = ["attention", "depthwise_conv", "ffn", "gelu"]
+__all__ = [
+    "OpStatus",
+    "assume",
+    "self_attention",
+    "backend",
+    "depthwise_conv",
+    "ffn",
+    "exact_gelu",
+    "linear_gelu",
+    "statuses",
+    "stem_conv",
+]

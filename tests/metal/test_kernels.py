@@ -1,0 +1,137 @@
+"""The Metal kernels, emulated, against the plain forms in float32."""
+
+import itertools
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from fastvlm_mlx.ops import metal_attention, metal_depthwise
+from fastvlm_mlx.ops.selfcheck import relative_error
+from tests.metal.emulator import Emulator
+from tests.metal.modules import attention_module, depthwise_module, gelu_module
+
+# One rounding to the type, relative to the largest output; what float32 sums and exponentials add.
+ERROR = {mx.float32: 4e-6, mx.float16: 2**-11 + 4e-6, mx.bfloat16: 2**-8 + 4e-6}
+Pair = Callable[[], tuple[mx.array, mx.array]]
+
+
+def example(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def wide(a: mx.array | None) -> mx.array | None:
+    return None if a is None else a.astype(mx.float32)
+
+
+def compare(emulator: Emulator, cases: dict[str, tuple[mx.Dtype, Pair]]) -> None:
+    emulator.prepare([run for _, run in cases.values()])
+    for name, (dtype, run) in cases.items():
+        got, expected = run()
+        assert got.shape == expected.shape and got.dtype == dtype, name
+        assert relative_error(got, expected) <= ERROR[dtype], name
+
+
+def depthwise_case(
+    shape: tuple[int, int, int, int],
+    k: int,
+    stride: int,
+    multiplier: int,
+    flags: tuple[bool, bool, bool],
+    dtype: mx.Dtype,
+) -> Pair:
+    channels, outputs = shape[3], shape[3] * multiplier
+    x = example(0, *shape, dtype=dtype)
+    w = example(1, k, k, outputs, dtype=dtype) / k
+    pre = example(2, channels, dtype=dtype) if flags[0] else None
+    bias = example(3, outputs, dtype=dtype) if flags[1] else None
+
+    def run() -> tuple[mx.array, mx.array]:
+        got = metal_depthwise.run(x, w, bias, stride, pre, flags[2])
+        expected = depthwise_module.plain(
+            wide(x), wide(w), wide(bias), stride=stride, pre_bias=wide(pre), gelu=flags[2]
+        )
+        return got, expected
+
+    return run
+
+
+@pytest.mark.parametrize("flags", list(itertools.product((False, True), repeat=3)), ids=str)
+def test_depthwise(emulator: Emulator, flags: tuple[bool, bool, bool]) -> None:
+    """Every kernel size, stride, multiplier, tile and trimming; edges that no tile divides."""
+    uniform = len(set(flags)) == 1
+    dtypes = (mx.float32, mx.float16, mx.bfloat16) if uniform else (mx.float32,)
+    cases = {}
+    for k, stride, multiplier, dtype in itertools.product((3, 7), (1, 2), (1, 2), dtypes):
+        for shape in ((2, 7, 9, 8), (1, 5, 37, 12)):
+            case = depthwise_case(shape, k, stride, multiplier, flags, dtype)
+            cases[f"{k}x{k} stride {stride} x{multiplier} {shape} {dtype}"] = (dtype, case)
+    compare(emulator, cases)
+
+
+def test_depthwise_sizes(emulator: Emulator) -> None:
+    """Maps smaller than the kernel, single pixels, more channels than a thread group is wide."""
+    shapes = [(1, 1, 1, 8), (1, 2, 3, 8), (3, 1, 70, 8), (1, 33, 2, 8), (1, 3, 4, 272)]
+    flags = (True, True, True)
+    compare(
+        emulator,
+        {
+            f"{shape} stride {stride}": (
+                mx.float32,
+                depthwise_case(shape, 7, stride, 1, flags, mx.float32),
+            )
+            for shape in shapes
+            for stride in (1, 2)
+        },
+    )
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_attention(emulator: Emulator, dtype: mx.Dtype) -> None:
+    def case(batch: int, length: int, heads: int, spread: float) -> Pair:
+        qkv = (example(length, batch, length, 96 * heads) * spread).astype(dtype)
+
+        def run() -> tuple[mx.array, mx.array]:
+            expected = attention_module.plain(qkv.astype(mx.float32), heads)
+            return metal_attention.run(qkv, heads), expected
+
+        return run
+
+    cases = {
+        f"{length} positions, {heads} heads": (dtype, case(batch, length, heads, spread))
+        for batch, length, heads, spread in (
+            (1, 1, 1, 1.0),
+            (2, 7, 3, 1.0),
+            (1, 16, 2, 3.0),
+            (1, 32, 1, 1.0),
+            (1, 33, 1, 1.0),
+            (1, 64, 1, 5.0),
+            (1, 129, 2, 1.0),
+            (1, 256, 2, 1.0),
+        )
+    }
+    compare(emulator, cases)
+
+
+def test_attention_with_large_scores(emulator: Emulator) -> None:
+    """Scores in the hundreds, of either sign: one key takes it all."""
+    qkv = example(5, 1, 40, 96) * 12
+    got = metal_attention.run(qkv, 1)
+    assert relative_error(got, attention_module.plain(qkv, 1)) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_gelu(emulator: Emulator, dtype: mx.Dtype) -> None:
+    x = mx.linspace(-12, 12, 4 * 601).reshape(4, 601).astype(dtype)
+    compare(
+        emulator,
+        {"": (dtype, lambda: (gelu_module.kernel(x), gelu_module.plain(x.astype(mx.float32))))},
+    )
+
+
+def test_gelu_of_what_is_not_a_number(emulator: Emulator) -> None:
+    x = mx.array([np.inf, -np.inf, np.nan, 3e38, -3e38, 0.0, -0.0, 1e-30])
+    y = np.array(gelu_module.kernel(x))
+    assert y[0] == np.inf and np.isnan(y[2]) and abs(y[3] / 3e38 - 1) < 1e-6
+    assert np.abs(y[[1, 4]]).max() < 1e-6 and np.abs(y[5:]).max() < 1e-29

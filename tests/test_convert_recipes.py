@@ -1,0 +1,136 @@
+"""Recipes: what they choose, what they refuse, and that "auto" spends its budget exactly."""
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.quantized import Quantization
+from fastvlm_mlx.convert.allocation import allocate
+from fastvlm_mlx.convert.conversion import Conversion, Options, convert_checkpoint
+from fastvlm_mlx.convert.recipes import Packing, mixed, packing, read_recipe, uniform
+
+MODULES = {
+    "vision.stem.pointwise": 96,
+    "vision.stages.1.blocks.0.convffn.fc1": 192,
+    "vision.head.expand": 80,
+    "projector.fc1": 3072,
+    "language_model.model.embed_tokens": 896,
+    **{f"language_model.model.layers.{i}.self_attn.q_proj": 896 for i in range(16)},
+}
+
+
+def test_uniform_takes_smaller_groups_in_the_tower() -> None:
+    found = uniform(packing(4, 128), packing(8, 128)).quantization(MODULES)
+    assert found["projector.fc1"] == Quantization(4, 128)
+    assert found["vision.stages.1.blocks.0.convffn.fc1"] == Quantization(8, 64)
+    assert found["vision.stem.pointwise"] == Quantization(8, 32)
+    assert "vision.head.expand" not in found
+
+
+def test_mixed_raises_the_edges() -> None:
+    found = mixed(packing(4), MODULES).quantization(MODULES)
+    bits = [found[f"language_model.model.layers.{i}.self_attn.q_proj"].bits for i in range(16)]
+    assert bits == [6, 6, *[4] * 12, 6, 6]
+    assert found["projector.fc1"].bits == found["language_model.model.embed_tokens"].bits == 6
+    assert not any(name.startswith("vision.") for name in found)
+
+
+def test_a_recipe_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'bits = 4\ngroup_size = 32\nvision_bits = 8\n[modules]\n"*.layers.3.*" = { bits = 2 }\n'
+        '"*.layers.*.q_proj" = { mode = "nvfp4" }\n"projector.*" = false\n'
+        '"*.embed_tokens" = { bits = 6, group_size = 128 }\n'
+    )
+    recipe = read_recipe(file)
+    assert recipe.name == "mine"
+    found = recipe.quantization(MODULES)
+    assert found["language_model.model.layers.3.self_attn.q_proj"] == Quantization(2, 32)
+    assert found["language_model.model.layers.4.self_attn.q_proj"] == Quantization(4, 16, "nvfp4")
+    assert found["language_model.model.embed_tokens"] == Quantization(6, 128)
+    assert found["vision.stem.pointwise"] == Quantization(8, 32)
+    assert "projector.fc1" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bitz = 4", "unknown key bitz; expected bits, group_size, mode, modules"),
+        ("bits = 4\nx = 1\ny = 2", "unknown keys x, y"),
+        ("[modules]\n'*' = { bit = 4 }", r"modules.'\*': unknown key bit"),
+        ("[modules]\n'*' = 4", "expected a table or false"),
+        ("bits = 7", "bits is 7"),
+        ("bits = true", "bits is True"),
+        ("bits = 4\nvision_bits = 1", "vision_bits: bits is 1"),
+        ("modules = 3", "modules is 3"),
+        ("bits = ", "is not TOML"),
+    ],
+)
+def test_a_wrong_recipe_file(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(fv.OptionError, match=message):
+        read_recipe(file)
+
+
+def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("bits = 4\n[modules]\n'*.embed_token' = { bits = 8 }")
+    with pytest.raises(fv.OptionError, match=r"'\*.embed_token' matches no module"):
+        read_recipe(file).quantization(MODULES)
+
+
+def test_packing_fits_what_it_can() -> None:
+    assert Packing(4).for_module("projector.fc1", 96) == Quantization(4, 32)
+    assert Packing(4).for_module("projector.fc1", 80) is None
+    with pytest.raises(fv.OptionError, match="leave it in floating point"):
+        Packing(4, 64).for_module("projector.fc1", 80)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_allocation_is_the_optimum(seed: int) -> None:
+    rng = random.Random(seed)
+    count, options = rng.randint(1, 6), rng.randint(1, 4)
+    unit = rng.choice([1, 7, 64])
+    sizes = [[unit * rng.randint(1, 30) for _ in range(options)] for _ in range(count)]
+    costs = [[rng.random() for _ in range(options)] for _ in range(count)]
+    low = sum(map(min, sizes))
+    budget = low + rng.randint(0, unit * 60)
+    chosen = allocate(sizes, costs, budget)
+    best = min(
+        sum(costs[m][o] for m, o in enumerate(combination))
+        for combination in itertools.product(range(options), repeat=count)
+        if sum(sizes[m][o] for m, o in enumerate(combination)) <= budget
+    )
+    assert sum(sizes[m][o] for m, o in enumerate(chosen)) <= budget
+    assert sum(costs[m][o] for m, o in enumerate(chosen)) == pytest.approx(best)
+    with pytest.raises(ValueError, match="smallest options take"):
+        allocate(sizes, costs, low - 1)
+
+
+def test_allocation_keeps_a_huge_budget_within_bounds() -> None:
+    sizes = [[10**9 + 7 * m, 2 * 10**9 + m] for m in range(20)]
+    costs = [[2.0, 1.0 / (m + 1)] for m in range(20)]
+    chosen = allocate(sizes, costs, 30 * 10**9)
+    assert sum(sizes[m][o] for m, o in enumerate(chosen)) <= 30 * 10**9
+    # What rounding up may cost: one of the ten upgrades that fit.
+    assert sum(chosen) in (9, 10)
+
+
+def test_auto_beats_uniform_at_the_same_size_and_repeats_itself(tiny: Path, tmp_path: Path) -> None:
+    def convert(name: str, **options: Any) -> Conversion:
+        return convert_checkpoint(str(tiny), tmp_path / name, Options(**options))
+
+    plain = convert("uniform", bits=4, samples=8)
+    auto = convert("auto", recipe="auto", target_bits=4.5, samples=8)
+    again = convert("again", recipe="auto", target_bits=4.5, verify=False)
+    assert auto.plan.quantization == again.plan.quantization
+    assert auto.plan.bits_per_weight() <= plain.plan.bits_per_weight() == 4.5
+    kl = [c.report["verification"]["kl_mean"] for c in (auto, plain)]
+    assert kl[0] < kl[1]
+    with pytest.raises(fv.OptionError, match=r"target_bits 2\.1 is too little"):
+        convert("little", recipe="auto", target_bits=2.1, verify=False)

@@ -1,0 +1,1 @@
+"""How the bundled `nano` model is made: scenes, language, training, export, evaluation."""

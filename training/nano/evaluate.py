@@ -1,0 +1,131 @@
+"""Accuracy on scenes never trained on, by kind of question and input size.
+
+    python -m training.nano.evaluate --model nano --scenes 1000 --sizes 128,192,256,384,512
+
+Asks through the package's public interface, as a user would.  `--run NAME` asks a training
+run's averaged weights in PyTorch instead, with the same scoring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from .drawing import render
+from .language import CAPTION
+from .scenes import HELD_OUT, Scene, make_scene
+from .scoring import Score, judge_all
+
+Ask = Callable[[Image.Image, Sequence[str]], list[str]]
+MOST_TOKENS = 80
+
+
+def package_model(
+    name: str, size: int, quantize: int | None
+) -> tuple[Ask, Callable[[Image.Image], float]]:
+    """How to ask a model of the package, and how to measure its time to first token."""
+    import fastvlm_mlx as fv
+
+    vlm = fv.load(name, image_size=size, quantize=quantize)
+
+    def ask(image: Image.Image, questions: Sequence[str]) -> list[str]:
+        encoded = vlm.encode(image)
+        return [vlm.ask(encoded, q, max_tokens=MOST_TOKENS).text for q in questions]
+
+    def first_token(image: Image.Image) -> float:
+        return vlm.ask(image, CAPTION, max_tokens=1).ttft
+
+    return ask, first_token
+
+
+def run_model(run: str, size: int) -> Ask:
+    from .decode import Reader
+    from .train import RUNS
+
+    return Reader(RUNS / run, size).ask
+
+
+def with_progress(scenes: Sequence[Scene], label: str) -> Iterator[Scene]:
+    """Yield the scenes, telling on a terminal how far it is."""
+    begun = time.monotonic()
+    for done, scene in enumerate(scenes):
+        if sys.stderr.isatty():
+            left = (time.monotonic() - begun) / max(done, 1) * (len(scenes) - done)
+            print(f"\r{label}: {done}/{len(scenes)}, {left:.0f} s left ", end="", file=sys.stderr)
+        yield scene
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+
+
+def table(columns: dict[int, dict[str, float]]) -> str:
+    """Markdown: one row per measure, one column per input size."""
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    lines = [
+        "| | " + " | ".join(f"{size} px" for size in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name in names:
+        cells = []
+        for column in columns.values():
+            value = column.get(name)
+            timed = name.startswith("TTFT")
+            cells.append(
+                "" if value is None else f"{value:.1f}" if timed else f"{100 * value:.1f}%"
+            )
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ordered(score: Score) -> dict[str, float]:
+    """Headline figures first, then the details."""
+    shares = score.shares()
+    first = ("object statements", "questions", "text", "whole captions")
+    return {
+        name: shares[name] for name in (*first, *sorted(set(shares) - set(first))) if name in shares
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", default="nano", help="anything that fastvlm_mlx.load takes")
+    parser.add_argument("--run", help="a training run in PyTorch instead of a model of the package")
+    parser.add_argument("--quantize", type=int, help="bits to quantize the model to while loading")
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--sizes", default="128,192,256,384,512")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+
+    scenes = [make_scene(HELD_OUT + i) for i in range(options.scenes)]
+    columns: dict[int, dict[str, float]] = {}
+    for size in map(int, options.sizes.split(",")):
+        if options.run:
+            ask, first_token = run_model(options.run, size), None
+        else:
+            ask, first_token = package_model(options.model, size, options.quantize)
+        label = f"{size} px"
+        score = judge_all(
+            with_progress(scenes, label), lambda scene, q, ask=ask: ask(render(scene), q)
+        )
+        columns[size] = ordered(score)
+        if first_token:
+            times = [first_token(render(scene)) for scene in scenes[:21]]
+            columns[size]["TTFT, ms (median)"] = 1000 * statistics.median(times[1:])
+    print(table(columns))
+    if options.json:
+        report = {"model": options.run or options.model, "scenes": options.scenes, "sizes": columns}
+        options.json.write_text(
+            json.dumps(report | {"quantize": options.quantize}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
