@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 import mlx.core as mx
+from mlx.nn.layers import activations
 
 from fastvlm_mlx.ops.device import assume
 from fastvlm_mlx.vision import FastViTHD
@@ -108,7 +109,11 @@ def _trace(function: Callable[..., mx.array], *arrays: mx.array) -> list[dict[st
 
 @contextmanager
 def _markers() -> Iterator[None]:
-    """Stand-ins for the kernels that MLX's CPU backend expands into elementary operations."""
+    """Stand-ins for kernels that a trace on the CPU expands into elementary operations.
+
+    `mlx.nn` compiles its GELU by itself, which a trace does not show either.
+    """
+    plain_gelu = activations.gelu
     plain_norm, plain_attention = mx.fast.layer_norm, mx.fast.scaled_dot_product_attention
 
     def layer_norm(x: mx.array, weight: Any, bias: Any, eps: float) -> mx.array:
@@ -121,10 +126,12 @@ def _markers() -> Iterator[None]:
 
     fast: Any = mx.fast
     fast.layer_norm, fast.scaled_dot_product_attention = layer_norm, attention
+    activations.gelu = lambda x: _marker("gelu", [x], x)
     try:
         yield
     finally:
         fast.layer_norm, fast.scaled_dot_product_attention = plain_norm, plain_attention
+        activations.gelu = plain_gelu
 
 
 def _marker(name: str, inputs: list[mx.array], like: mx.array) -> mx.array:

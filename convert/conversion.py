@@ -142,7 +142,7 @@ def convert_checkpoint(
             return Conversion(plan, {})
         with new_directory(target, overwrite=options.overwrite) as temporary:
             _check_space(temporary, plan)
-            contents, errors = run.write(temporary, recipe, plan)
+            errors = run.write(temporary, recipe, plan)
             written = time.perf_counter() - started
             verification = run.verify(temporary, plan)
             report = run.report(target.name, recipe, plan, errors, verification)
@@ -159,7 +159,6 @@ def convert_checkpoint(
                     f"Verification failed: {'; '.join(failures)}. Nothing was written; look at the "
                     "result with --keep-failed."
                 )
-        del contents
     if failures:
         raise CheckpointError(
             f"Verification failed: {'; '.join(failures)}. The result was kept in {target}."
@@ -203,7 +202,7 @@ class _Run:
         if not packed:
             return {}
         bits = sorted({how.bits for how in packed.values()})
-        label = f"{self.folder.name} is already quantized ({', '.join(map(str, bits))} bits)"
+        label = f"{Path(self.source).name} is already quantized ({', '.join(map(str, bits))} bits)"
         if options.quantizes:
             self.say(f"warning: {label}; quantizing it again adds to what was lost the first time.")
             return {}
@@ -276,9 +275,7 @@ class _Run:
             return own, own
         return "bfloat16", "bfloat16"
 
-    def write(
-        self, temporary: Path, recipe: Recipe, plan: Plan
-    ) -> tuple[dict[str, Any], dict[str, float]]:
+    def write(self, temporary: Path, recipe: Recipe, plan: Plan) -> dict[str, float]:
         with small_cache():
             contents, values = plan.layout.values()
         metadata = {**plan.layout.metadata, "source": self.source, "recipe": recipe.name}
@@ -301,7 +298,7 @@ class _Run:
                 shutil.copyfile(self.folder / name, temporary / name)
         if self.options.layout == "mlx-vlm":
             processor_files(temporary, self.examined)
-        return contents, errors
+        return errors
 
     def verify(self, temporary: Path, plan: Plan) -> dict[str, Any]:
         if not self.options.verify:
@@ -377,7 +374,7 @@ def _check_space(temporary: Path, plan: Plan) -> None:
     needed, free = plan.nbytes + _SLACK, shutil.disk_usage(temporary).free
     if needed > free:
         raise CheckpointError(
-            f"{temporary.parent} has {free / 1e9:.2f} GB free, but {needed / 1e9:.2f} GB are "
+            f"{temporary.parent} has {free / 1e6:.0f} MB free, but {needed / 1e6:.0f} MB are "
             "needed; free some space or choose another place. Nothing was changed."
         )
 

@@ -321,7 +321,7 @@ def test_no_space_is_found_before_starting(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(fv.CheckpointError, match=r"0.00 GB free, but 0.07 GB are needed"):
+    with pytest.raises(fv.CheckpointError, match="has 1 MB free, but 70 MB are needed"):
         _convert(tiny, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 

@@ -1,6 +1,7 @@
 """The counter, on graphs whose cost can be worked out by hand."""
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from fastvlm_mlx.benchmarks.counting import count_encoder, count_launches, total
 from fastvlm_mlx.config import VisionConfig
@@ -45,6 +46,7 @@ def test_views_are_free_and_strided_copies_are_not() -> None:
 
 
 def test_fused_kernels_of_mlx_count_once() -> None:
+    assert len(count_launches(nn.GELU(), X, compiled=False).launches) == 1
     assert (
         len(
             count_launches(

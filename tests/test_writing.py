@@ -93,7 +93,7 @@ def test_a_forgotten_tensor_is_noticed(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        pytest.raises(fv.CheckpointError, match=r"disk is full; 0\.00 GB are needed"),
+        pytest.raises(fv.CheckpointError, match="disk is full; 0 MB are needed"),
         new_directory(tmp_path / "out") as folder,
         ShardedWriter(folder, PLANNED, {}) as writer,
     ):
@@ -107,6 +107,15 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
 
         monkeypatch.setitem(writer._where, "c", (Full(), at))
         writer.write("c", _arrays()["c"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_files_may_fill_the_disk_too(tmp_path: Path) -> None:
+    with (
+        pytest.raises(fv.CheckpointError, match=r"out could not be completed .*No space left"),
+        new_directory(tmp_path / "out"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 

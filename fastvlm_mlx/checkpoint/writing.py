@@ -181,7 +181,7 @@ def _disk_errors(folder: Path, needed: int) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = f"the disk is full; {needed / 1e9:.2f} GB are needed" if full else error.strerror
+        reason = f"the disk is full; {needed / 1e6:.0f} MB are needed" if full else error.strerror
         raise CheckpointError(
             f"Cannot write to {folder.parent}: {reason}. Nothing was changed."
         ) from error
@@ -238,7 +238,12 @@ def new_directory(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         lock = os.open(temporary, os.O_RDONLY)
         cleanup.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} could not be completed ({error}); nothing was changed."
+            ) from error
         try:
             for file in temporary.iterdir():
                 _flush(file)
