@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .generation import Answer, Chunk, Stream
+from .generation import Answer, Chunk, Stream, make_options
 from .prompt import turn_ids
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ class Chat:
 
         A stream that is not read to its end counts as an answer that broke off there.
         """
-        from .vlm import make_options
-
         vlm, images = self._vlm, self._waiting
         chosen = make_options(options)
         self._settle()

@@ -6,7 +6,7 @@ that the device works while Python handles the token before.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from mlx_lm.models.cache import KVCache
 
-__all__ = ["Answer", "Chunk", "Options", "Prefix", "Stream", "Timings", "generate"]
+__all__ = ["Answer", "Chunk", "Options", "Prefix", "Stream", "Timings", "generate", "make_options"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,15 @@ class Options:
 def _check(name: str, value: object, fine: bool, expected: str) -> None:
     if not fine:
         raise OptionError(f"{name} is {value!r}; expected {expected}.")
+
+
+def make_options(given: dict[str, Any]) -> Options:
+    """`Options`, with a misspelt name reported as an OptionError that lists the right ones."""
+    known = [f.name for f in fields(Options)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise OptionError(f"Unknown option {unknown[0]!r}; expected one of {', '.join(known)}.")
+    return Options(**given)
 
 
 @dataclass(frozen=True)

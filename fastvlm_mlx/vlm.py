@@ -11,11 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import PIL.Image
 
+from .chat import Chat
 from .checkpoint.loading import LoadedCheckpoint, load_checkpoint
 from .checkpoint.source import DEFAULT_MODEL, checkpoint_folder
 from .config import SIDE_MULTIPLE, Config
 from .errors import OptionError, PromptError
-from .generation import Answer, Options, Prefix, Stream, Timings, generate
+from .generation import Answer, Options, Prefix, Stream, Timings, generate, make_options
 from .images import Fit, ImageSource, fit_image, load_image, to_pixels
 from .prompt import SYSTEM, USER, expand, prompt_ids
 from .tokenizer import Tokenizer
@@ -23,8 +24,6 @@ from .vision import FastViTHD
 
 if TYPE_CHECKING:
     from mlx_lm.models.cache import KVCache
-
-    from .chat import Chat
 
 __all__ = [
     "DEFAULT_PROMPT",
@@ -173,10 +172,8 @@ class FastVLM:
             ids[done:], encoded, cache, chosen, timings, lambda: self._prefix.learn(ids, cache)
         )
 
-    def chat(self, *images: Image) -> "Chat":
+    def chat(self, *images: Image) -> Chat:
         """Begin a conversation about pictures; each is encoded once, the KV cache is kept."""
-        from .chat import Chat
-
         return Chat(self, images)
 
     def encode(self, image: ImageSource) -> EncodedImage:
@@ -284,15 +281,6 @@ class _Clock:
 
     def timings(self) -> Timings:
         return Timings(**self._seconds)
-
-
-def make_options(given: dict[str, Any]) -> Options:
-    """`Options`, with a misspelt name reported as an OptionError that lists the right ones."""
-    known = [f.name for f in dataclasses.fields(Options)]
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise OptionError(f"Unknown option {unknown[0]!r}; expected one of {', '.join(known)}.")
-    return Options(**given)
 
 
 def as_list(images: Images) -> list[Image]:
