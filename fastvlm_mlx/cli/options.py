@@ -1,0 +1,143 @@
+"""Options that commands share, each said once.
+
+A command takes a whole group of options as one parameter, a frozen dataclass; `spread` shows its
+fields to typer instead:
+
+    @spread
+    def caption(image: str, model: ModelOptions, answer: AnswerOptions) -> None: ...
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import loading_progress, say
+
+if TYPE_CHECKING:
+    from ..vlm import FastVLM
+
+__all__ = ["AnswerOptions", "Json", "ModelOptions", "PrintOptions", "prepare_mlx", "spread"]
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document per picture.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What to load, and how it sees pictures: the arguments of `fastvlm_mlx.load`."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            envvar="FASTVLM_MODEL",
+            show_default="apple/FastVLM-0.5B",
+            help="'nano' (built in), a checkpoint directory, a .zip from Apple, or a Hub id.",
+        ),
+    ] = None
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = (
+        None
+    )
+    quantize: Annotated[
+        int | None, typer.Option("--quantize", "-q", help="Bits, while loading.")
+    ] = None
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", help="Input side: a multiple of 64.")
+    ] = None
+    fit: Annotated[str, typer.Option("--fit", help="pad (whole picture) or crop (its centre).")] = (
+        "pad"
+    )
+    allow_private_urls: Annotated[
+        bool, typer.Option("--allow-private-urls", help="Allow picture URLs in private networks.")
+    ] = False
+
+    def load(self) -> "FastVLM":
+        """The model, with a bar on stderr if it takes long."""
+        prepare_mlx()
+        from ..vlm import load
+
+        arguments: dict[str, Any] = asdict(self)
+        with loading_progress() as progress:
+            return load(**arguments, announce=say, progress=progress)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How to answer: the fields of `fastvlm_mlx.Options`."""
+
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.")] = (
+        256
+    )
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Sample within this much probability.")
+    ] = 1.0
+    top_k: Annotated[
+        int, typer.Option("--top-k", help="Sample from the k likeliest; 0 is all.")
+    ] = 0
+    min_p: Annotated[float, typer.Option("--min-p", help="Least share of the likeliest token.")] = (
+        0.0
+    )
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="1 is none.")
+    ] = 1.0
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")] = None
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")
+    ] = None
+
+    def checked(self) -> dict[str, Any]:
+        """As keyword arguments, checked before any weights are loaded. Raises OptionError."""
+        prepare_mlx()
+        from ..generation import make_options
+
+        options = {**asdict(self), "stop": tuple(self.stop or ())}
+        make_options(options)
+        return options
+
+
+@dataclass(frozen=True)
+class PrintOptions:
+    """What is printed beside the plain answer."""
+
+    as_json: Json = False
+    stats: Annotated[bool, typer.Option("--stats", help="Timings on stderr after each answer.")] = (
+        False
+    )
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command, with the fields of its dataclass parameters as parameters of its own."""
+    groups: dict[str, type[Any]] = {}
+    shown: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        group: Any = parameter.annotation
+        if not is_dataclass(group):
+            shown.append(parameter)
+            continue
+        groups[parameter.name] = group
+        shown += inspect.signature(group).parameters.values()
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    # Keyword-only, since one with a default may stand before one without.
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shown]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in shown}
+    return run
+
+
+def prepare_mlx() -> None:
+    """Bring a fast BLAS into the process, before MLX."""
+    from ..blas import load_openblas
+
+    load_openblas()

@@ -1,0 +1,92 @@
+"""What is printed: answers as they come, JSON, timings, facts, a bar while weights load."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..generation import Answer, Stream
+
+__all__ = ["loading_progress", "print_facts", "print_json", "print_stats", "print_stream", "say"]
+
+
+def say(line: str) -> None:
+    """One line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_stream(stream: "Stream", label: str) -> None:
+    """The answer while it is produced, after `label`, on a line of its own."""
+    sys.stdout.write(label)
+    try:
+        for chunk in stream:
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+    finally:
+        # Also after Ctrl-C: what was said so far stands on a line of its own.
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def print_json(images: list[str], answer: "Answer") -> None:
+    """One finished answer as a JSON document on one line."""
+    record = {
+        "image": images[0] if len(images) == 1 else images,
+        "text": answer.text,
+        "tokens": len(answer.tokens),
+        "prompt_tokens": answer.prompt_tokens,
+        "finish_reason": answer.finish_reason,
+        "ttft": round(answer.ttft, 6),
+        "timings": {name: round(s, 6) for name, s in asdict(answer.timings).items()},
+    }
+    print(json.dumps(record, ensure_ascii=False), flush=True)
+
+
+def print_stats(answer: "Answer") -> None:
+    """Where the time went, on stderr."""
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {1000 * seconds:.0f} ms"
+        for name, seconds in asdict(answer.timings).items()
+    )
+    later = len(answer.tokens) - 1
+    rate = f"{later / answer.timings.decode:.1f} tokens/s" if answer.timings.decode else "-"
+    say(f"first token after {1000 * answer.ttft:.0f} ms ({parts}); decoding at {rate}")
+    say(f"{answer.prompt_tokens} prompt tokens, {len(answer.tokens)} answer tokens")
+
+
+def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """A table of names and values, or the same as JSON."""
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        first, *rest = value if isinstance(value, list) else [value]
+        print(f"{name:<{width}}  {first}")
+        for line in rest:
+            print(f"{'':<{width}}  {line}")
+
+
+@contextmanager
+def loading_progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr while weights load, if a person is looking and it takes long."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("Loading weights"), BarColumn(), MofNCompleteColumn())
+    started = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=False) as bar:
+        task = bar.add_task("load", total=None, visible=False)
+
+        def update(done: int, total: int) -> None:
+            late = time.monotonic() - started > 1.0
+            bar.update(task, completed=done, total=total, visible=late)
+
+        yield update
