@@ -116,12 +116,12 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, type[Any]] = {}
     shown: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
-        group: Any = parameter.annotation
-        if not is_dataclass(group):
+        group = parameter.annotation
+        if isinstance(group, type) and is_dataclass(group):
+            groups[parameter.name] = group
+            shown += inspect.signature(group).parameters.values()
+        else:
             shown.append(parameter)
-            continue
-        groups[parameter.name] = group
-        shown += inspect.signature(group).parameters.values()
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
