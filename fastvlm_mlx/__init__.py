@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .chat import Chat
     from .errors import (
+        BenchmarkError,
         CheckpointError,
         FastVLMError,
         HubError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Answer": "generation",
+    "BenchmarkError": "errors",
     "Chat": "chat",
     "CheckpointError": "errors",
     "Chunk": "generation",
@@ -48,6 +50,7 @@ _HOME = {
 __all__ = [
     "IMAGE",
     "Answer",
+    "BenchmarkError",
     "Chat",
     "CheckpointError",
     "Chunk",

@@ -6,13 +6,15 @@
     ├── PromptError        images and `<image>` slots disagree, or the prompt is too long
     ├── CheckpointError    weights, config or tokenizer that cannot be used as they are
     │   └── UnsupportedCheckpoint   recognised, but not something this library runs
-    └── HubError           the Hugging Face Hub could not give us the files
+    ├── HubError           the Hugging Face Hub could not give us the files
+    └── BenchmarkError     a measurement that cannot be made, or a result file that cannot be read
 
 A message says what was got, what was expected, and what to do. The command line prints it
 as one line and exits with 1 (2 for OptionError); everything else is a bug and shows a traceback.
 """
 
 __all__ = [
+    "BenchmarkError",
     "CheckpointError",
     "FastVLMError",
     "HubError",
@@ -49,3 +51,7 @@ class UnsupportedCheckpoint(CheckpointError):
 
 class HubError(FastVLMError):
     """The Hugging Face Hub is unreachable or does not have the files."""
+
+
+class BenchmarkError(FastVLMError):
+    """A measurement cannot be made or trusted, or a result file cannot be read."""

@@ -1,0 +1,197 @@
+"""What a record says about the computer and the software; whatever is not told is None."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import fastvlm_mlx
+from fastvlm_mlx.blas import openblas_loaded
+
+from .record import Conditions, Machine, Software
+
+__all__ = [
+    "available_memory",
+    "conditions_now",
+    "describe_software",
+    "process_memory",
+    "this_machine",
+]
+
+
+def this_machine() -> Machine:
+    """The computer that this process runs on."""
+    mac = sys.platform == "darwin"
+    info: dict[str, Any] = dict(mx.device_info()) if device() != "CPU" else {}
+    gpu = str(info["device_name"]) if "device_name" in info else None
+    display = _mac_display() if mac else {}
+    memory = info.get("memory_size", info.get("total_memory")) if info else None
+    return Machine(
+        chip=_output("sysctl", "-n", "machdep.cpu.brand_string") if mac else _linux_chip(),
+        cores=os.cpu_count(),
+        gpu=gpu or display.get("sppci_model"),
+        gpu_cores=_number(display.get("sppci_cores")),
+        memory=int(memory) if memory else _physical_memory(),
+        system=_system(),
+        device=device(),
+    )
+
+
+def conditions_now() -> Conditions:
+    """Power and load at this moment."""
+    try:
+        load: float | None = round(os.getloadavg()[0], 2)
+    except OSError:
+        load = None
+    if sys.platform == "darwin":
+        return Conditions(_mac_power(), _mac_low_power(), load)
+    return Conditions(_linux_power(), _linux_low_power(), load)
+
+
+def describe_software(peers: dict[str, str] | None = None) -> Software:
+    """Versions of everything that computes."""
+    return Software(
+        package=version("fastvlm-mlx"),
+        commit=_commit(Path(fastvlm_mlx.__file__).parent),
+        python=platform.python_version(),
+        mlx=version("mlx"),
+        mlx_lm=_version("mlx-lm"),
+        blas=_blas(),
+        openblas_coretype=os.environ.get("OPENBLAS_CORETYPE"),
+        peers=peers or {},
+    )
+
+
+def device() -> str:
+    """What MLX computes on."""
+    if mx.default_device() == mx.cpu:
+        return "CPU"
+    return "Metal" if mx.metal.is_available() else "CUDA"
+
+
+def available_memory() -> int | None:
+    """Bytes that a model may take now without swapping: the GPU's, or the system's."""
+    if device() == "Metal":
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    if device() == "CUDA":
+        info: dict[str, Any] = dict(mx.device_info())
+        free = info.get("free_memory", info.get("total_memory", info.get("memory_size")))
+        return int(free) if free else None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
+    return int(found.group(1)) * 1024 if found else _physical_memory()
+
+
+def process_memory() -> int | None:
+    """Resident bytes of this process now."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", _text("/proc/self/status"))
+    if found:
+        return int(found.group(1)) * 1024
+    told = _number(_output("ps", "-o", "rss=", "-p", str(os.getpid())))
+    return told * 1024 if told else None
+
+
+def _system() -> str:
+    machine = platform.machine()
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}, {machine}"
+    found = re.search(r'^PRETTY_NAME="?([^"\n]+)', _text("/etc/os-release"), re.MULTILINE)
+    return f"{found.group(1) if found else platform.system()}, {machine}"
+
+
+def _linux_chip() -> str | None:
+    found = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or None
+
+
+def _mac_display() -> dict[str, Any]:
+    text = _output("system_profiler", "SPDisplaysDataType", "-json", seconds=20)
+    try:
+        first: dict[str, Any] = json.loads(text or "{}")["SPDisplaysDataType"][0]
+        return first
+    except (ValueError, KeyError, IndexError, TypeError):
+        return {}
+
+
+def _mac_power() -> str | None:
+    told = _output("pmset", "-g", "batt") or ""
+    return "mains" if "AC Power" in told else "battery" if "Battery Power" in told else None
+
+
+def _mac_low_power() -> bool | None:
+    found = re.search(r"^\s*lowpowermode\s+(\d)", _output("pmset", "-g") or "", re.MULTILINE)
+    return found.group(1) == "1" if found else None
+
+
+def _linux_power() -> str | None:
+    states = {
+        _text(folder / "type").strip(): _text(folder / "online").strip()
+        for folder in sorted(Path("/sys/class/power_supply").glob("*"))
+    }
+    if states.get("Mains") == "1":
+        return "mains"
+    return "battery" if "Battery" in states else "mains" if "Mains" in states else None
+
+
+def _linux_low_power() -> bool | None:
+    profile = _text("/sys/firmware/acpi/platform_profile").strip()
+    return profile == "low-power" if profile else None
+
+
+def _physical_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _blas() -> str | None:
+    if device() == "CUDA":
+        return None
+    if sys.platform == "darwin":
+        return "Accelerate"
+    return "OpenBLAS" if openblas_loaded() else "bundled"
+
+
+def _commit(folder: Path) -> str | None:
+    # The checkout must be the package's own, not one that happens to lie above site-packages.
+    root = _output("git", "-C", str(folder), "rev-parse", "--show-toplevel")
+    if not root or Path(root).resolve() != folder.resolve().parent:
+        return None
+    commit = _output("git", "-C", root, "rev-parse", "--short=10", "HEAD")
+    changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+" if commit and changed else commit
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _output(*command: str, seconds: float = 5) -> str | None:
+    """What a command prints, stripped; None if it is missing, fails or says nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _number(text: object) -> int | None:
+    found = re.match(r"\s*(\d+)", str(text))
+    return int(found.group(1)) if found else None
