@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from training.nano import scoring
 from training.nano.drawing import render
-from training.nano.language import CAPTION, KINDS, Exchange, caption, exchanges
+from training.nano.language import (
+    CAPTION,
+    KINDS,
+    NUMBERS,
+    PLACES,
+    Exchange,
+    caption,
+    exchanges,
+)
 from training.nano.scenes import (
     COLOURS,
     HELD_OUT,
@@ -89,6 +97,17 @@ def test_answers_are_true(seed, asked):
             named = set(nouns) & {*SHAPES, *COLOURS, *SIZES}
             (thing,) = [t for t in scene.things if named <= {t.shape, t.colour, t.size}]
             assert thing.position.split()[0] in item.answer, item
+            assert item.about == (thing,)
+        if item.kind == "what":
+            assert item.about and scoring.statements(
+                f"{item.answer[:-1]} {PLACES[item.about[0].position]}"
+            ) == scoring.truth(replace(scene, things=item.about))
+        if item.kind == "count_colour":
+            assert item.answer == f"{NUMBERS[len(item.about)]}."
+            assert all(t.colour in nouns for t in item.about)
+        if item.kind in ("exists", "colour", "size") and item.about is not None:
+            assert bool(item.about) == (item.answer != "No."), item
+            assert set(item.about) <= set(scene.things)
 
 
 def test_every_kind_is_asked_and_yes_is_as_common_as_no():

@@ -16,7 +16,7 @@ from . import tokenizer as tokenizers
 from .drawing import render
 from .language import KINDS, Exchange, exchange, pair_exchange
 from .prompt import IGNORE, Row, pack
-from .scenes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, letters, make_scene
+from .scenes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, Thing, letters, make_scene
 from .settings import Phase, TrainSettings
 
 T = TypeVar("T")
@@ -79,6 +79,7 @@ class Batches(Dataset[dict[str, Tensor]]):
             rows.append(pack(self.tokenizer, slots, asked, 2))
             pictures.append((a, b))
         batch = {"images": torch.from_numpy(images), **pad(rows), **_truth(scenes)}
+        batch |= _looks(rows, scenes, size // 64)
         batch["pictures"] = torch.tensor(pictures)
         return batch
 
@@ -114,13 +115,41 @@ def pad(rows: list[Row]) -> dict[str, Tensor]:
     }
 
 
+def _looks(rows: list[Row], scenes: list[Scene], side: int) -> dict[str, Tensor]:
+    """Where the answers are to be looked up: places (K, 2) in rows, shares (K, 1 + slots).
+
+    An answer's share is spread over the image tokens that hold the centres of its things; if
+    there is none, it falls on the row's first token, which stands in column 0.
+    """
+    places, shares = [], []
+    for number, row in enumerate(rows):
+        for place, things in row.looks:
+            share = np.zeros(1 + side * side, np.float32)
+            for thing in things:
+                x, y = centre(scenes[number], thing)
+                share[1 + int(y * side) * side + int(x * side)] += 1 / len(things)
+            share[0] = not things
+            places.append((number, place))
+            shares.append(share)
+    return {
+        "look_from": torch.tensor(places).reshape(-1, 2),
+        "look_at": torch.from_numpy(np.array(shares).reshape(-1, 1 + side * side)),
+    }
+
+
+def centre(scene: Scene, thing: Thing) -> np.ndarray:
+    """(x, y) of a thing in 0..1 of the padded square."""
+    size = np.array([scene.width, scene.height], np.float32)
+    return (np.array([thing.x, thing.y]) - 0.5) * size / size.max() + 0.5
+
+
 def _truth(scenes: list[Scene]) -> dict[str, Tensor]:
     """Targets of the training helpers; places are 0..1 of the padded square."""
     count = len(scenes)
     cells = np.tile(np.array([len(SHAPES), len(COLOURS), len(SIZES)]), (count, 9, 1))
     letter = np.full((count, MOST_LETTERS), IGNORE)
     slots = np.full((count, MOST_LETTERS), IGNORE)
-    things = np.full((count, MOST_THINGS, 3), IGNORE)
+    things = np.full((count, MOST_THINGS, 4), IGNORE)
     thing_at = np.zeros((count, MOST_THINGS, 2), np.float32)
     letter_at = np.zeros((count, MOST_LETTERS, 2), np.float32)
     sign_at = np.zeros((count, 2), np.float32)
@@ -133,8 +162,9 @@ def _truth(scenes: list[Scene]) -> dict[str, Tensor]:
                 list(COLOURS).index(t.colour),
                 list(SIZES).index(t.size),
             )
-            cells[i, POSITIONS.index(t.position)] = things[i, j] = kind
-            thing_at[i, j] = (np.array([t.x, t.y]) - 0.5) * share + 0.5
+            cells[i, POSITIONS.index(t.position)] = kind
+            things[i, j] = (*kind, POSITIONS.index(t.position))
+            thing_at[i, j] = centre(scene, t)
         for j, (character, x, y) in enumerate(letters(scene)):
             letter[i, j] = CHARACTERS.index(character)
             letter_at[i, j] = (np.array([x, y]) - 0.5) * share + 0.5

@@ -50,8 +50,8 @@ class Reader:
                 "segments": torch.full((len(rows), length), COMMON),
                 "pictures": torch.zeros(len(rows), 1, dtype=torch.long),
             }
-            states = self.model.hidden(tokens, text)[every, lengths - 1]
-            chosen = self.model.logits(states).argmax(-1)
+            states, _ = self.model.hidden(tokens, text)
+            chosen = self.model.logits(states[every, lengths - 1]).argmax(-1)
             open_rows &= chosen != end
             ids[every[open_rows], lengths[open_rows]] = chosen[open_rows]
             lengths += open_rows

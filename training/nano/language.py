@@ -79,6 +79,8 @@ class Exchange:
     kind: str
     question: str
     answer: str
+    about: tuple[Thing, ...] | None = None
+    """The things that the answer is read from; empty if none is there, None if not by things."""
 
 
 def describe(thing: Thing) -> str:
@@ -130,10 +132,12 @@ def exchange(scene: Scene, kind: str, rng: np.random.Generator) -> Exchange | No
     if kind == "count_colour":
         present = tuple(t.colour for t in scene.things)
         colour = _pick(rng, present) if rng.random() < 0.75 else _pick(rng, tuple(COLOURS))
-        return Exchange(kind, wording.format(colour), f"{NUMBERS[present.count(colour)]}.")
+        about = tuple(t for t in scene.things if t.colour == colour)
+        return Exchange(kind, wording.format(colour), f"{NUMBERS[len(about)]}.", about)
     if kind == "what":
         thing = _pick(rng, scene.things)
-        return Exchange(kind, wording.format(PLACES[thing.position]), _sentence(describe(thing)))
+        answer = _sentence(describe(thing))
+        return Exchange(kind, wording.format(PLACES[thing.position]), answer, (thing,))
     if kind == "exists":
         return _exists(scene, wording, rng)
     # colour, where and size: the name must not give the answer away.
@@ -149,12 +153,13 @@ def exchange(scene: Scene, kind: str, rng: np.random.Generator) -> Exchange | No
             kind,
             wording.format(f"object {PLACES[thing.position]}"),
             f"{thing.colour.capitalize()}.",
+            (thing,),
         )
     if not named:
         return None
     thing, names = _pick(rng, named)
     answer = PLACES[thing.position] if kind == "where" else getattr(thing, kind)
-    return Exchange(kind, wording.format(_pick(rng, names)), _sentence(answer))
+    return Exchange(kind, wording.format(_pick(rng, names)), _sentence(answer), (thing,))
 
 
 def _exists(scene: Scene, wording: str, rng: np.random.Generator) -> Exchange:
@@ -164,15 +169,17 @@ def _exists(scene: Scene, wording: str, rng: np.random.Generator) -> Exchange:
     thing = _pick(rng, scene.things)
     if rng.random() < 0.5:
         noun = thing.shape if rng.random() < 0.25 else f"{thing.colour} {thing.shape}"
-        return Exchange("exists", wording.format(_article(noun)), "Yes.")
+        about = tuple(t for t in scene.things if set(noun.split()) <= {t.shape, t.colour})
+        return Exchange("exists", wording.format(_article(noun)), "Yes.", about)
     absent = [s for s in SHAPES if s not in {t.shape for t in scene.things}]
     if rng.random() < 0.25:
-        return Exchange("exists", wording.format(_article(_pick(rng, absent))), "No.")
+        return Exchange("exists", wording.format(_article(_pick(rng, absent))), "No.", ())
     present = {(t.colour, t.shape) for t in scene.things}
     pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in present]
     if rng.random() < 0.7:
         pairs = [(c, s) for c, s in pairs if (c == thing.colour) != (s == thing.shape)]
-    return Exchange("exists", wording.format(_article(" ".join(_pick(rng, pairs)))), "No.")
+    noun = " ".join(_pick(rng, pairs))
+    return Exchange("exists", wording.format(_article(noun)), "No.", ())
 
 
 def exchanges(scene: Scene, rng: np.random.Generator) -> list[Exchange]:

@@ -55,7 +55,8 @@ class Probe:
         right: dict[str, list[bool]] = defaultdict(list)
         for images, batch, kinds in self.parts:
             features, *_ = self.model.vision_tower(to_pixels(images))
-            logits = self.model.logits(self.model.hidden(self.model.project(features), batch))
+            states, _ = self.model.hidden(self.model.project(features), batch)
+            logits = self.model.logits(states)
             wrong = (logits.argmax(-1) != batch["labels"]) & (batch["labels"] != IGNORE)
             for i, row in enumerate(kinds):
                 for segment, kind in enumerate(row, 1):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from .language import Exchange
+from .scenes import Thing
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 TURN = "\n{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -31,6 +32,8 @@ class Row:
     segments: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    looks: list[tuple[int, tuple[Thing, ...]]] = field(default_factory=list)
+    """Places that predict an answer's first token, with the things it is read from."""
 
     def add(self, ids: list[int], segment: int, start: int, learn: bool = False) -> int:
         """Append tokens from position `start` on; returns the position after them."""
@@ -73,5 +76,7 @@ def pack(
         position = row.add(
             tokenizer.encode(turn.format(question=item.question)).ids, segment, position
         )
+        if item.about is not None:
+            row.looks.append((len(row.ids) - 1, item.about))
         position = row.add(tokenizer.encode(item.answer + END).ids, segment, position, learn=True)
     return row

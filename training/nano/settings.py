@@ -40,39 +40,46 @@ class Phase:
 PHASES = (
     # Big print at a quarter of the cost first; small print and large inputs once reading works.
     Phase(
-        0.45,
+        0.325,
         {128: 0.8, 192: 0.2},
         {"large": 0.9, "medium": 0.1, "small": 0.0},
         told_share=0.5,
         questions=1,
     ),
     Phase(
-        0.09,
+        0.065,
         {128: 0.2, 192: 0.3, 256: 0.5},
         {"large": 0.55, "medium": 0.43, "small": 0.02},
     ),
     Phase(
-        0.23,
+        0.166,
         {128: 0.15, 192: 0.15, 256: 0.5, 320: 0.07, 384: 0.08, 512: 0.05},
         {"large": 0.40, "medium": 0.42, "small": 0.18},
         questions=4,
     ),
-    # What is asked by content ("where is the red star") is learned last and needs most examples:
-    # with BatchNorm and the first three stages settled, an image costs half.
+    # With BatchNorm and the first three stages settled, an image costs half: more questions.
     Phase(
-        0.23,
+        0.166,
         {128: 0.15, 192: 0.2, 256: 0.5, 320: 0.06, 384: 0.06, 512: 0.03},
         {"large": 0.45, "medium": 0.40, "small": 0.15},
         questions=6,
         captioned_share=0.6,
         restart=1e-3,
     ),
+    Phase(
+        0.278,
+        {128: 0.13, 192: 0.18, 256: 0.5, 320: 0.05, 384: 0.08, 512: 0.06},
+        {"large": 0.40, "medium": 0.40, "small": 0.20},
+        questions=7,
+        captioned_share=0.5,
+        restart=1.5e-3,
+    ),
 )
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    images: int = 260_000
+    images: int = 360_000
     batch: int = 32  # of all processes together
     processes: int = 2  # one thread each: they meet once a step, threads would at every layer
     text_share: float = 0.7

@@ -52,15 +52,14 @@ class Average:
 
 
 def learning_rate(step: int, batches: Batches) -> float:
-    """Cosine over all steps after a warm-up; a phase with a restart has a cosine of its own."""
+    """Cosine over all steps after a warm-up; a phase with a restart has both of its own."""
     s = batches.settings
-    if step < s.warm_up:
-        return s.learning_rate * (step + 1) / s.warm_up
     phase, done = batches.phase(step)
-    peak = phase.restart or s.learning_rate
+    peak, steps = phase.restart or s.learning_rate, phase.share * batches.steps
     if phase.restart is None:
-        done = step / batches.steps
-    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+        done, steps = step / batches.steps, batches.steps
+    warm = min((done * steps + 1) / s.warm_up, 1)
+    return peak * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def optimizer_for(model: nn.Module, s: TrainSettings) -> torch.optim.Optimizer:
