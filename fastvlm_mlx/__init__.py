@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from .generation import Answer, Chunk, Options, Stream, Timings
     from .prompt import IMAGE
-    from .vlm import EncodedImage, FastVLM, load
+    from .vlm import EncodedImage, FastVLM, PreprocessedImage, load
 
 _HOME = {
     "Answer": "generation",
@@ -41,6 +41,7 @@ _HOME = {
     "ImageError": "errors",
     "OptionError": "errors",
     "Options": "generation",
+    "PreprocessedImage": "vlm",
     "PromptError": "errors",
     "Stream": "generation",
     "Timings": "generation",
@@ -61,6 +62,7 @@ __all__ = [
     "ImageError",
     "OptionError",
     "Options",
+    "PreprocessedImage",
     "PromptError",
     "Stream",
     "Timings",

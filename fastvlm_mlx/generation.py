@@ -18,7 +18,18 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from mlx_lm.models.cache import KVCache
 
-__all__ = ["Answer", "Chunk", "Options", "Prefix", "Stream", "Timings", "generate", "make_options"]
+__all__ = [
+    "Answer",
+    "Chunk",
+    "Options",
+    "Prefix",
+    "Stream",
+    "TextStream",
+    "Timings",
+    "generate",
+    "make_options",
+    "token_sampler",
+]
 
 
 @dataclass(frozen=True)
@@ -226,7 +237,7 @@ def generate(
     """
     if options.seed is not None:
         mx.random.seed(options.seed)
-    choose = _sampler(options, network.vocabulary)
+    choose = token_sampler(options, network.vocabulary)
     started = time.perf_counter()
     logits = network.prefill(network.embed(ids, images), cache)
     mx.eval(logits)
@@ -237,7 +248,7 @@ def generate(
     token = _token(upcoming)
     first = time.perf_counter()
     timings = replace(timings, prefill=prefilled - started, first_token=first - prefilled)
-    text = _TextStream(tokenizer, options.stop)
+    text = TextStream(tokenizer, options.stop)
     while True:
         history.append(token)
         timings = replace(timings, decode=time.perf_counter() - first if len(history) > 1 else 0.0)
@@ -263,8 +274,11 @@ def _token(chosen: mx.array) -> int:
     return int(token)
 
 
-def _sampler(options: Options, vocabulary: int) -> Callable[[mx.array, list[int]], mx.array]:
-    """A function of logits (1, vocab) and the answer so far to the next token id, shape (1,)."""
+def token_sampler(options: Options, vocabulary: int) -> Callable[[mx.array, list[int]], mx.array]:
+    """A function of logits (B, vocab) and the answer so far to the next token ids, shape (B,).
+
+    With a repetition penalty B is 1, since there is one answer so far.
+    """
     sampling: Any = mlx_lm_module("sample_utils")
     sample = sampling.make_sampler(
         temp=options.temperature,
@@ -289,7 +303,7 @@ def _sampler(options: Options, vocabulary: int) -> Callable[[mx.array, list[int]
     return choose
 
 
-class _TextStream:
+class TextStream:
     """Tokens to text, holding back what may be the beginning of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:

@@ -72,10 +72,11 @@ class Network(nn.Module):
         return embeddings
 
     def prefill(self, embeddings: mx.array, cache: "list[KVCache]") -> mx.array:
-        """Run (1, L, hidden) embeddings into `cache`; logits (1, vocab) of the last position.
+        """Run (B, L, hidden) embeddings into `cache`; logits (B, vocab) of the last position.
 
         One pass over the weights. The last layer works on the last position only: of the others
-        nothing but keys and values is ever used.
+        nothing but keys and values is ever used. Rows of a batch are padded on the left, and
+        `cache` knows by how much (`batching.left_padded`).
         """
         model = self.language_model.model
         *layers, last = model.layers
@@ -83,12 +84,14 @@ class Network(nn.Module):
         hidden = embeddings
         for layer, layer_cache in zip(layers, cache, strict=False):
             hidden = layer(hidden, mask, layer_cache)
-        hidden = _last_position(last, hidden, cache[-1])
+        # Alone, the last position sees all that stands before it; in a batch, but for the padding.
+        last_mask = mask[..., -1:, :] if isinstance(mask, mx.array) else None
+        hidden = _last_position(last, hidden, last_mask, cache[-1])
         return self._logits(model.norm(hidden))[:, 0]
 
     def decode(self, token: mx.array, cache: "list[KVCache]") -> mx.array:
-        """Run one token id, shape (1,); logits (1, vocab) of the next."""
-        logits: mx.array = self.language_model(token[None], cache)
+        """Run one token id of each row, shape (B,); logits (B, vocab) of the next."""
+        logits: mx.array = self.language_model(token[:, None], cache)
         return logits[:, -1]
 
     def logits(self, embeddings: mx.array) -> mx.array:
@@ -114,8 +117,8 @@ class Network(nn.Module):
         return logits
 
 
-def _last_position(layer: Any, x: mx.array, cache: "KVCache") -> mx.array:
-    """`layer(x, "causal", cache)[:, -1:]`, without computing the other positions."""
+def _last_position(layer: Any, x: mx.array, mask: mx.array | None, cache: "KVCache") -> mx.array:
+    """`layer(x, mask, cache)[:, -1:]`, without computing the other positions."""
     attention = layer.self_attn
     normed = layer.input_layernorm(x)
     position = cache.offset
@@ -130,7 +133,9 @@ def _last_position(layer: Any, x: mx.array, cache: "KVCache") -> mx.array:
         offset=position + x.shape[1] - 1,
     )
     keys, values = cache.update_and_fetch(keys, values)
-    mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attention.scale)
+    mixed = mx.fast.scaled_dot_product_attention(
+        queries, keys, values, scale=attention.scale, mask=mask
+    )
     mixed = mixed.transpose(0, 2, 1, 3).reshape(x.shape[0], 1, -1)
     hidden = x[:, -1:] + attention.o_proj(mixed)
     out: mx.array = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
-import PIL.Image
+import numpy as np
+import numpy.typing as npt
 
+from .batching import Prompt, encode_pictures, generate_batch
 from .chat import Chat
 from .checkpoint.loading import LoadedCheckpoint, load_checkpoint
 from .checkpoint.source import DEFAULT_MODEL, checkpoint_folder
@@ -32,6 +34,7 @@ __all__ = [
     "FastVLM",
     "Image",
     "Images",
+    "PreprocessedImage",
     "as_list",
     "default_model",
     "load",
@@ -50,7 +53,22 @@ class EncodedImage:
     """(N, hidden) image tokens, in row-major order."""
 
 
-Image: TypeAlias = "ImageSource | EncodedImage"
+@dataclass(frozen=True)
+class PreprocessedImage:
+    """A picture decoded and fitted, but not encoded; pass it wherever a picture goes.
+
+    Made without MLX, hence in any thread.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    """(H, W, 3)."""
+    load_image: float = 0.0
+    """Seconds from bytes to an upright RGB picture."""
+    preprocess: float = 0.0
+    """Seconds for padding or cropping, and resizing."""
+
+
+Image: TypeAlias = "ImageSource | PreprocessedImage | EncodedImage"
 Images: TypeAlias = "Image | Sequence[Image]"
 
 
@@ -176,9 +194,51 @@ class FastVLM:
         """Begin a conversation about pictures; each is encoded once, the KV cache is kept."""
         return Chat(self, images)
 
-    def encode(self, image: ImageSource) -> EncodedImage:
+    def ask_batch(self, requests: Sequence[tuple[Images, str]], **options: Any) -> list[Answer]:
+        """Answer several requests (pictures, question) at once; `options` hold for all.
+
+        Greedy answers are those of `ask` one by one, up to rounding. Clocks count the batch: each
+        answer's encode, prefill, first_token and decode are shared by all. Errors as in `stream`;
+        one request that cannot be answered fails all.
+        """
+        chosen = make_options(options)
+        asked = [(as_list(images), question) for images, question in requests]
+        if len(asked) < 2:
+            return [self.ask(*request, **options) for request in asked]
+        unexpanded = [self.prompt_ids(question, len(images)) for images, question in asked]
+        rows = [[self._before_encoder(image) for image in images] for images, _ in asked]
+        started = time.perf_counter()
+        waiting = [i.pixels for row in rows for i in row if isinstance(i, PreprocessedImage)]
+        encoded = iter(encode_pictures(self._encode_pixels, waiting))
+        seconds = time.perf_counter() - started
+        prompts = []
+        for prompt, row in zip(unexpanded, rows, strict=True):
+            own = [i.tokens if isinstance(i, EncodedImage) else next(encoded) for i in row]
+            ids = expand(prompt, [tokens.shape[0] for tokens in own])
+            fitted = [i for i in row if isinstance(i, PreprocessedImage)]
+            timings = Timings(
+                load_image=sum(i.load_image for i in fitted),
+                preprocess=sum(i.preprocess for i in fitted),
+                encode=seconds,
+            )
+            prompts.append(Prompt(ids, own, self._check_context(len(ids)), timings))
+        eos = self.config.eos_token_ids
+        return generate_batch(self.network, self.tokenizer, prompts, chosen, eos)
+
+    def preprocess(self, image: ImageSource) -> PreprocessedImage:
+        """Decode and fit a picture, without MLX: what other threads may do ahead of the encoder.
+
+        Raises ImageError.
+        """
+        started = time.perf_counter()
+        picture = load_image(image, allow_private_urls=self._allow_private_urls)
+        loaded = time.perf_counter()
+        pixels = fit_image(picture, self.image_size, self.fit)
+        return PreprocessedImage(pixels, loaded - started, time.perf_counter() - loaded)
+
+    def encode(self, image: "ImageSource | PreprocessedImage") -> EncodedImage:
         """Run the encoder once; the value can be asked about any number of times."""
-        encoded = EncodedImage(self._encode(self._fit(self._load_image(image))))
+        encoded = EncodedImage(self._encode(self._preprocessed(image)))
         mx.eval(encoded.tokens)
         return encoded
 
@@ -222,10 +282,8 @@ class FastVLM:
             if isinstance(image, EncodedImage):
                 encoded.append(self._as_encoded(image).tokens)
                 continue
-            picture = self._load_image(image)
-            clock.lap("load_image")
-            pixels = self._fit(picture)
-            clock.lap("preprocess")
+            pixels = self._preprocessed(image)
+            clock.took(load_image=pixels.load_image, preprocess=pixels.preprocess)
             # Queued, not awaited: the device encodes while the next picture is decoded.
             encoded.append(self._encode(pixels))
             mx.async_eval(encoded[-1])
@@ -236,14 +294,16 @@ class FastVLM:
         clock.lap("encode")
         return ids, encoded, clock.timings()
 
-    def _load_image(self, image: ImageSource) -> PIL.Image.Image:
-        return load_image(image, allow_private_urls=self._allow_private_urls)
+    def _preprocessed(self, image: "ImageSource | PreprocessedImage") -> PreprocessedImage:
+        return image if isinstance(image, PreprocessedImage) else self.preprocess(image)
 
-    def _fit(self, picture: PIL.Image.Image) -> mx.array:
-        return to_pixels([fit_image(picture, self.image_size, self.fit)])
+    def _before_encoder(self, image: Image) -> PreprocessedImage | EncodedImage:
+        if isinstance(image, EncodedImage):
+            return self._as_encoded(image)
+        return self._preprocessed(image)
 
-    def _encode(self, pixels: mx.array) -> mx.array:
-        return self._encode_pixels(pixels)[0]
+    def _encode(self, image: PreprocessedImage) -> mx.array:
+        return self._encode_pixels(to_pixels([image.pixels]))[0]
 
     def _as_encoded(self, image: Image) -> EncodedImage:
         if not isinstance(image, EncodedImage):
@@ -278,6 +338,12 @@ class _Clock:
         now = time.perf_counter()
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
+
+    def took(self, **seconds: float) -> None:
+        """Add what was measured elsewhere, and start the next lap."""
+        for name, value in seconds.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + value
+        self._last = time.perf_counter()
 
     def timings(self) -> Timings:
         return Timings(**self._seconds)

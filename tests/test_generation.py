@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.loading import LoadedCheckpoint
-from fastvlm_mlx.generation import _sampler, _TextStream
+from fastvlm_mlx.generation import TextStream, token_sampler
 from fastvlm_mlx.prompt import SYSTEM, USER
 
 
@@ -41,7 +41,7 @@ def test_a_single_stop_string_is_not_taken_apart() -> None:
 
 def test_greedy_is_the_argmax() -> None:
     logits = mx.array([[0.0, 3.0, 2.9]])
-    assert _sampler(fv.Options(), 3)(logits, []).item() == 1
+    assert token_sampler(fv.Options(), 3)(logits, []).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def test_sampling_draws_only_from_what_is_allowed(
 ) -> None:
     # Probabilities 0.09, 0.53, 0.32, 0.06.
     logits = mx.log(mx.array([[0.09, 0.53, 0.32, 0.06]]))
-    choose = _sampler(fv.Options(temperature=1.0, **options), 4)
+    choose = token_sampler(fv.Options(temperature=1.0, **options), 4)
     mx.random.seed(0)
     assert {int(choose(logits, []).item()) for _ in range(200)} == possible
 
 
 def test_repetition_penalty_acts_on_the_answer() -> None:
-    choose = _sampler(fv.Options(repetition_penalty=2.0), 3)
+    choose = token_sampler(fv.Options(repetition_penalty=2.0), 3)
     logits = mx.array([[-1.0, 3.0, 2.0]])
     assert choose(mx.array(logits), []).item() == 1
     assert choose(mx.array(logits), [1]).item() == 2
@@ -95,7 +95,7 @@ class _Bytes:
     st.lists(st.text(alphabet="abcß🙂", min_size=1, max_size=4), max_size=3),
 )
 def test_stop_strings_cut_exactly_and_nothing_is_said_too_early(text: str, stop: list[str]) -> None:
-    stream = _TextStream(_Bytes(), tuple(stop))  # type: ignore[arg-type]
+    stream = TextStream(_Bytes(), tuple(stop))  # type: ignore[arg-type]
     said = ""
     for byte in text.encode():
         said += stream.push(byte)

@@ -20,6 +20,7 @@ FLOORS = [
     {"vision"},
     {"model"},
     {"checkpoint", "generation"},
+    {"batching"},
     {"chat", "vlm"},  # a conversation names the type of what it talks to
     {"report", "testing", "testing_files", "testing_names"},
     {"cli"},
