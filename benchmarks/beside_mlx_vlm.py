@@ -71,7 +71,7 @@ def compare(checkpoint: Path, repeat: int) -> dict[str, Any]:
             )
             return int(next(iter(answer)).token)
 
-        side = ours.image_size
+        side = ours.config.vision.image_size
         pixels = mx.random.uniform(shape=(1, side, side, 3), key=mx.random.key(0))
 
         def our_features() -> mx.array:

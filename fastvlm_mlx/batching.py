@@ -41,21 +41,26 @@ class Prompt:
 
 
 def encode_pictures(
-    encode: Callable[[mx.array], mx.array], pictures: Sequence[npt.NDArray[np.uint8]]
+    encode: Callable[[mx.array], mx.array], pictures: Sequence[Sequence[npt.NDArray[np.uint8]]]
 ) -> list[mx.array]:
-    """Image tokens (N, hidden) of fitted pictures (H, W, 3), in order; equal sizes go together."""
+    """Image tokens (N, hidden) of fitted pictures, in order; equal sizes go together.
+
+    A picture is one or more crops (H, W, 3), whose tokens are put one after the other.
+    """
+    crops = [crop for picture in pictures for crop in picture]
     tokens: dict[int, mx.array] = {}
     by_shape: dict[tuple[int, ...], list[int]] = {}
-    for n, picture in enumerate(pictures):
-        by_shape.setdefault(picture.shape, []).append(n)
+    for n, crop in enumerate(crops):
+        by_shape.setdefault(crop.shape, []).append(n)
     for (height, width, _), numbers in by_shape.items():
         step = max(1, _PIXELS_AT_ONCE // (height * width))
         for at in range(0, len(numbers), step):
             part = numbers[at : at + step]
-            encoded = encode(to_pixels([pictures[n] for n in part]))
+            encoded = encode(to_pixels([crops[n] for n in part]))
             mx.eval(encoded)
             tokens.update(zip(part, encoded, strict=True))
-    return [tokens[n] for n in range(len(pictures))]
+    in_order = (tokens[n] for n in range(len(crops)))
+    return [mx.concatenate([next(in_order) for _ in picture]) for picture in pictures]
 
 
 def left_padded(network: Network, prompts: Sequence[Prompt]) -> tuple[mx.array, list[Any]]:

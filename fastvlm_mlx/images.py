@@ -91,11 +91,14 @@ def load_image(
             return upright_rgb(image)
 
 
-def fit_image(image: Image.Image, size: int, fit: Fit = "pad") -> npt.NDArray[np.uint8]:
+def fit_image(
+    image: Image.Image, size: int, fit: Fit = "pad", grid: tuple[int, int] = (1, 1)
+) -> npt.NDArray[np.uint8]:
     """Make an RGB image a (size, size, 3) uint8 array with the reference's bytes.
 
     `pad` centres it on a black square and resizes that; `crop` resizes the shorter side to `size`
-    and cuts the centre out. Both are PIL's bicubic on uint8, enlarging too.
+    and cuts the centre out. Both are PIL's bicubic on uint8, enlarging too. With a `grid` of
+    (rows, columns) the result is (rows * size, columns * size, 3), padded or cropped to that shape.
     """
     if size < 1:
         raise OptionError(f"size is {size}; expected a positive number of pixels")
@@ -113,7 +116,8 @@ def fit_image(image: Image.Image, size: int, fit: Fit = "pad") -> npt.NDArray[np
             "cut it into pieces or scale it down first"
         )
     profile = image.info.get("icc_profile")
-    fitted = _pad(image, size) if fit == "pad" else _crop(image, size)
+    target = (grid[1] * size, grid[0] * size)
+    fitted = _pad(image, target) if fit == "pad" else _crop(image, target)
     return np.asarray(to_srgb(fitted, profile) if profile else fitted)
 
 
@@ -236,27 +240,30 @@ def _open_heif(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
 # --- fitting ---
 
 
-def _pad(image: Image.Image, size: int) -> Image.Image:
+def _pad(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     # PIL resizes a square along x, then along y, rounding to bytes between: so do we, without
     # ever building the square. The tests hold this against the installed PIL.
-    side = max(image.size)
-    image, left = _resample_centred(image, 0, side, size)
-    image, top = _resample_centred(image, 1, side, size)
-    return _shifted(image, (size, size), (left, top))
+    (width, height), (across, down) = image.size, target
+    area = max(width * down, height * across)  # the smallest canvas of the target's shape
+    image, left = _resample_centred(image, 0, -(-area // down), across)
+    image, top = _resample_centred(image, 1, -(-area // across), down)
+    return _shifted(image, target, (left, top))
 
 
-def _crop(image: Image.Image, size: int) -> Image.Image:
-    width, height = image.size
-    scaled = int(size * max(image.size) / min(image.size))
-    if scaled > _MAX_SIDE:
+def _crop(image: Image.Image, target: tuple[int, int]) -> Image.Image:
+    (width, height), (across, down) = image.size, target
+    if width * down <= height * across:
+        scaled = (across, int(across * height / width))
+    else:
+        scaled = (int(down * width / height), down)
+    if max(scaled) > _MAX_SIDE:
         raise ImageError(
             f"the image is {width}x{height}: too narrow for fit='crop', which would make it "
-            f"{size}x{scaled}; use fit='pad'"
+            f"{scaled[0]}x{scaled[1]}; use fit='pad'"
         )
     # In one call: which axis PIL takes first, and so how it rounds, depends on its version.
-    target = (size, scaled) if width <= height else (scaled, size)
-    resized = image.resize(target, Image.Resampling.BICUBIC)
-    return _shifted(resized, (size, size), (-((target[0] - size) // 2), -((target[1] - size) // 2)))
+    resized = image.resize(scaled, Image.Resampling.BICUBIC)
+    return _shifted(resized, target, (-((scaled[0] - across) // 2), -((scaled[1] - down) // 2)))
 
 
 def _resample_centred(

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
 from .batching import Prompt, encode_pictures, generate_batch
 from .chat import Chat
 from .checkpoint.loading import LoadedCheckpoint, load_checkpoint
+from .checkpoint.quantized import quantize_linears
 from .checkpoint.source import DEFAULT_MODEL, checkpoint_folder
-from .config import SIDE_MULTIPLE, Config
+from .config import Config
 from .errors import OptionError, PromptError
 from .generation import Answer, Options, Prefix, Stream, Timings, generate, make_options
-from .images import Fit, ImageSource, fit_image, load_image, to_pixels
+from .images import Fit, ImageSource, load_image, to_pixels
 from .prompt import SYSTEM, USER, expand, prompt_ids
+from .tiling import Grid, ImageSize, automatic_size, check_grid, check_image_size, fit_tiles
 from .tokenizer import Tokenizer
 from .vision import FastViTHD
 
@@ -38,7 +39,6 @@ __all__ = [
     "as_list",
     "default_model",
     "load",
-    "quantize_linears",
 ]
 
 DEFAULT_PROMPT = "Describe the image."
@@ -50,7 +50,7 @@ class EncodedImage:
     """A picture as the language model sees it; pass it wherever a picture goes."""
 
     tokens: mx.array
-    """(N, hidden) image tokens, in row-major order."""
+    """(N, hidden) image tokens in row-major order; of a tiled picture, crop after crop."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class PreprocessedImage:
     Made without MLX, hence in any thread.
     """
 
-    pixels: npt.NDArray[np.uint8]
-    """(H, W, 3)."""
+    crops: tuple[npt.NDArray[np.uint8], ...]
+    """(H, W, 3) each, equal in size: the whole picture, then its tiles row by row, if any."""
     load_image: float = 0.0
     """Seconds from bytes to an upright RGB picture."""
     preprocess: float = 0.0
@@ -82,7 +82,8 @@ def load(
     *,
     dtype: str | None = None,
     quantize: int | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
+    tiles: Grid = (1, 1),
     fit: Fit = "pad",
     revision: str | None = None,
     allow_private_urls: bool = False,
@@ -97,8 +98,11 @@ def load(
         dtype: "float32", "float16" or "bfloat16"; by default what suits the device.
         quantize: quantize the language model and projector to this many bits while loading. On
             the CPU the values are those of the quantized model, but kept as float32.
-        image_size: side in pixels, a multiple of 64, of the square a picture is fitted to; by
-            default the checkpoint's own. Fewer pixels are fewer tokens and a faster answer.
+        image_size: side in pixels, a multiple of 64 up to 2048, of the square a picture is fitted
+            to; by default the checkpoint's own. Fewer pixels are fewer tokens and a faster answer.
+            "auto" takes the least that holds the picture, from 256 to the checkpoint's own.
+        tiles: (rows, columns), up to (4, 4), of squares of that size that a picture is cut into,
+            besides an overview of the whole; (1, 1) is the whole picture once.
         fit: "pad" to a square with black first (as the models are used by Apple's predict.py), or
             "crop" the centre.
         revision: branch, tag or commit on the Hub.
@@ -113,7 +117,8 @@ def load(
     if quantize is not None and quantize not in (2, 3, 4, 5, 6, 8):
         raise OptionError(f"quantize is {quantize!r}; expected 2, 3, 4, 5, 6 or 8 bits.")
     if image_size is not None:
-        _check_size(image_size)
+        check_image_size(image_size)
+    check_grid(tiles)
     if fit not in ("pad", "crop"):
         raise OptionError(f"fit is {fit!r}; expected 'pad' or 'crop'.")
     on_gpu = mx.default_device() == mx.gpu
@@ -132,7 +137,13 @@ def load(
         for part in (loaded.network.language_model, loaded.network.projector):
             quantize_linears(part, quantize, keep_packed=on_gpu)
         mx.eval(loaded.network.parameters())
-    return FastVLM(loaded, image_size=image_size, fit=fit, allow_private_urls=allow_private_urls)
+    return FastVLM(
+        loaded,
+        image_size=image_size,
+        tiles=tiles,
+        fit=fit,
+        allow_private_urls=allow_private_urls,
+    )
 
 
 class FastVLM:
@@ -142,7 +153,8 @@ class FastVLM:
         self,
         loaded: LoadedCheckpoint,
         *,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
+        tiles: Grid = (1, 1),
         fit: Fit = "pad",
         allow_private_urls: bool = False,
     ) -> None:
@@ -150,7 +162,8 @@ class FastVLM:
         self.source = loaded.source
         self.config: Config = loaded.config
         self.tokenizer: Tokenizer = loaded.source.tokenizer
-        self.image_size = image_size or self.config.vision.image_size
+        self.image_size: ImageSize = image_size or self.config.vision.image_size
+        self.tiles = check_grid(tiles)
         self.fit: Fit = fit
         self._allow_private_urls = allow_private_urls
         self._prefix = Prefix(self.tokenizer.encode(SYSTEM + USER))
@@ -208,7 +221,7 @@ class FastVLM:
         unexpanded = [self.prompt_ids(question, len(images)) for images, question in asked]
         rows = [[self._before_encoder(image) for image in images] for images, _ in asked]
         started = time.perf_counter()
-        waiting = [i.pixels for row in rows for i in row if isinstance(i, PreprocessedImage)]
+        waiting = [i.crops for row in rows for i in row if isinstance(i, PreprocessedImage)]
         encoded = iter(encode_pictures(self._encode_pixels, waiting))
         seconds = time.perf_counter() - started
         prompts = []
@@ -225,20 +238,43 @@ class FastVLM:
         eos = self.config.eos_token_ids
         return generate_batch(self.network, self.tokenizer, prompts, chosen, eos)
 
-    def preprocess(self, image: ImageSource) -> PreprocessedImage:
+    def preprocess(
+        self,
+        image: ImageSource,
+        *,
+        image_size: ImageSize | None = None,
+        tiles: Grid | None = None,
+    ) -> PreprocessedImage:
         """Decode and fit a picture, without MLX: what other threads may do ahead of the encoder.
 
-        Raises ImageError.
+        `image_size` and `tiles` replace the model's own. Raises OptionError and ImageError.
         """
+        size = self.image_size if image_size is None else check_image_size(image_size)
+        grid = self.tiles if tiles is None else check_grid(tiles)
         started = time.perf_counter()
         picture = load_image(image, allow_private_urls=self._allow_private_urls)
         loaded = time.perf_counter()
-        pixels = fit_image(picture, self.image_size, self.fit)
-        return PreprocessedImage(pixels, loaded - started, time.perf_counter() - loaded)
+        if size == "auto":
+            size = automatic_size(*picture.size, self.config.vision.image_size, self.fit, grid)
+        crops = fit_tiles(picture, size, self.fit, grid)
+        return PreprocessedImage(tuple(crops), loaded - started, time.perf_counter() - loaded)
 
-    def encode(self, image: "ImageSource | PreprocessedImage") -> EncodedImage:
-        """Run the encoder once; the value can be asked about any number of times."""
-        encoded = EncodedImage(self._encode(self._preprocessed(image)))
+    def encode(
+        self,
+        image: "ImageSource | PreprocessedImage",
+        *,
+        image_size: ImageSize | None = None,
+        tiles: Grid | None = None,
+    ) -> EncodedImage:
+        """Run the encoder once; the value can be asked about any number of times.
+
+        `image_size` and `tiles` as in `preprocess`. Raises OptionError and ImageError.
+        """
+        if not isinstance(image, PreprocessedImage):
+            image = self.preprocess(image, image_size=image_size, tiles=tiles)
+        elif image_size is not None or tiles is not None:
+            raise OptionError("The picture is preprocessed; give image_size and tiles there.")
+        encoded = EncodedImage(self._encode(image))
         mx.eval(encoded.tokens)
         return encoded
 
@@ -303,7 +339,8 @@ class FastVLM:
         return self._preprocessed(image)
 
     def _encode(self, image: PreprocessedImage) -> mx.array:
-        return self._encode_pixels(to_pixels([image.pixels]))[0]
+        tokens = self._encode_pixels(to_pixels(image.crops))
+        return tokens.reshape(-1, tokens.shape[-1])
 
     def _as_encoded(self, image: Image) -> EncodedImage:
         if not isinstance(image, EncodedImage):
@@ -351,32 +388,3 @@ class _Clock:
 
 def as_list(images: Images) -> list[Image]:
     return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
-
-
-def _check_size(size: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % SIDE_MULTIPLE:
-        raise OptionError(f"image_size is {size!r}; expected a multiple of {SIDE_MULTIPLE}.")
-
-
-def quantize_linears(part: nn.Module, bits: int, *, keep_packed: bool) -> None:
-    """Quantize every linear layer and embedding whose width a group divides."""
-
-    def group(module: nn.Module) -> int | None:
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
-            return None
-        width = module.weight.shape[-1]
-        return next((g for g in (64, 32) if width % g == 0), None)
-
-    if keep_packed:
-        nn.quantize(
-            part,
-            class_predicate=lambda _, m: (
-                {"group_size": g, "bits": bits} if (g := group(m)) else False
-            ),
-        )
-        return
-    for module in part.modules():
-        size = group(module)
-        if size is not None:
-            packed = mx.quantize(module.weight, group_size=size, bits=bits)
-            module.weight = mx.dequantize(*packed, group_size=size, bits=bits)

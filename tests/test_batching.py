@@ -184,12 +184,22 @@ def test_pictures_are_encoded_together_by_size_and_stay_in_order(
         return vlm.network.encode(pixels)
 
     monkeypatch.setattr("fastvlm_mlx.batching._PIXELS_AT_ONCE", 2 * 128 * 128)
-    tokens = encode_pictures(encode, pictures)
+    tokens = encode_pictures(encode, [[picture] for picture in pictures])
     assert [shape[:2] for shape in runs] == [(2, 128), (1, 128), (1, 192), (1, 192)]
     for picture, found in zip(pictures, tokens, strict=True):
-        alone = vlm.encode(fv.PreprocessedImage(picture)).tokens
+        alone = vlm.encode(fv.PreprocessedImage((picture,))).tokens
         assert found.shape == alone.shape
         assert mx.abs(found - alone).max().item() < 1e-4
+
+
+def test_tiled_pictures_in_a_batch(vlm: fv.FastVLM, picture: np.ndarray) -> None:
+    tiled = vlm.preprocess(picture, image_size=64, tiles=(1, 2))
+    whole = vlm.preprocess(picture[::-1], image_size=64)
+    requests = [(tiled, "What?"), (whole, "And this?"), ([whole, tiled], "Both?")]
+    answers = vlm.ask_batch(requests, max_tokens=5)
+    alone = [vlm.ask(*request, max_tokens=5) for request in requests]
+    assert [a.tokens for a in answers] == [a.tokens for a in alone]
+    assert [a.prompt_tokens for a in answers] == [a.prompt_tokens for a in alone]
 
 
 def test_a_batch_takes_every_form_of_a_picture(vlm: fv.FastVLM, picture: np.ndarray) -> None:

@@ -98,6 +98,16 @@ def test_ask_about_two_pictures(tiny: Path, photo: Path) -> None:
     assert record["prompt_tokens"] > 32
 
 
+def test_sizes_and_tiles(tiny: Path, photo: Path) -> None:
+    def prompt_tokens(*options: str) -> int:
+        result = run("caption", photo, "-m", tiny, "--max-tokens", "1", "--json", *options)
+        return int(json.loads(result.stdout)["prompt_tokens"])
+
+    text = prompt_tokens("--image-size", "64") - 1
+    assert prompt_tokens("--image-size", "auto") == text + 16
+    assert prompt_tokens("--image-size", "128", "--tiles", "1x2") == text + 3 * 4
+
+
 def test_a_broken_picture_does_not_stop_the_others(tiny: Path, photo: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"not a picture")
@@ -113,6 +123,9 @@ def test_a_broken_picture_does_not_stop_the_others(tiny: Path, photo: Path, tmp_
         (["caption", "PHOTO", "-m", "TINY", "--temperature", "-1"], 2, "temperature is -1.0"),
         (["caption", "PHOTO", "-m", "TINY", "--top-p", "0"], 2, "top_p"),
         (["caption", "PHOTO", "-m", "TINY", "--image-size", "100"], 2, "multiple of 64"),
+        (["caption", "PHOTO", "-m", "TINY", "--image-size", "large"], 2, "image_size is 'large'"),
+        (["caption", "PHOTO", "-m", "TINY", "--tiles", "2"], 2, "tiles is '2'"),
+        (["caption", "PHOTO", "-m", "TINY", "--tiles", "2x-1"], 2, "tiles is '2x-1'"),
         (["caption", "PHOTO", "-m", "TINY", "--fit", "squash"], 2, "fit is 'squash'"),
         (["caption", "PHOTO", "-m", "/no/such/model"], 1, "No checkpoint at"),
         (["caption", "PHOTO", "-m", "no/such-model"], 1, "--model nano"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"errors", "blas"},
     {"config", "images", "colour", "fetching", "tokenizer", "ops"},
-    {"prompt"},
+    {"prompt", "tiling"},
     {"vision"},
     {"model"},
     {"checkpoint", "generation"},

@@ -1,4 +1,4 @@
-"""Quantized tensors in a checkpoint: what they are, and back to floating point.
+"""Quantized tensors: what they are in a checkpoint, back to floating point, and made on loading.
 
 A module is quantized if its file has `X.scales` beside `X.weight`; bits and group size follow
 from the shapes, only the mode needs the config (checkpoint notes, section 3.1).
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..errors import CheckpointError
 from .tensors import TensorRef
 
-__all__ = ["Quantization", "dequantized", "quantization_of"]
+__all__ = ["Quantization", "dequantized", "quantization_of", "quantize_linears"]
 
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 _WITHOUT_BIASES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
@@ -113,3 +114,27 @@ def _float_weight(parts: list[TensorRef | None], how: Quantization) -> TensorRef
 
     shape = (*weight.shape[:-1], scales.shape[-1] * how.group_size)
     return TensorRef("F32", shape, load)
+
+
+def quantize_linears(part: nn.Module, bits: int, *, keep_packed: bool) -> None:
+    """Quantize every linear layer and embedding whose width a group divides."""
+
+    def group(module: nn.Module) -> int | None:
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            return None
+        width = module.weight.shape[-1]
+        return next((g for g in (64, 32) if width % g == 0), None)
+
+    if keep_packed:
+        nn.quantize(
+            part,
+            class_predicate=lambda _, m: (
+                {"group_size": g, "bits": bits} if (g := group(m)) else False
+            ),
+        )
+        return
+    for module in part.modules():
+        size = group(module)
+        if size is not None:
+            packed = mx.quantize(module.weight, group_size=size, bits=bits)
+            module.weight = mx.dequantize(*packed, group_size=size, bits=bits)

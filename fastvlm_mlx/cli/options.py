@@ -9,6 +9,7 @@ fields to typer instead:
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,8 +48,21 @@ class ModelOptions:
         int | None, typer.Option("--quantize", "-q", help="Bits, while loading.")
     ] = None
     image_size: Annotated[
-        int | None, typer.Option("--image-size", help="Input side: a multiple of 64.")
+        str | None,
+        typer.Option(
+            "--image-size",
+            metavar="SIDE|auto",
+            help="Input side: a multiple of 64 up to 2048, or auto (as the picture needs).",
+        ),
     ] = None
+    tiles: Annotated[
+        str,
+        typer.Option(
+            "--tiles",
+            metavar="ROWSxCOLUMNS",
+            help="Also cut the picture into tiles of that size, up to 4x4: reads small print.",
+        ),
+    ] = "1x1"
     fit: Annotated[str, typer.Option("--fit", help="pad (whole picture) or crop (its centre).")] = (
         "pad"
     )
@@ -62,6 +76,11 @@ class ModelOptions:
         from ..vlm import load
 
         arguments: dict[str, Any] = asdict(self)
+        # What is not a number goes on as it is: `load` says what it expected.
+        if self.image_size and self.image_size.isdecimal():
+            arguments["image_size"] = int(self.image_size)
+        if re.fullmatch("[0-9]+x[0-9]+", self.tiles):
+            arguments["tiles"] = tuple(map(int, self.tiles.split("x")))
         with loading_progress() as progress:
             return load(**arguments, announce=say, progress=progress)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ import checkpoints
 import fastvlm_mlx as fv
 import reference
 from conftest import Figure
+from fastvlm_mlx.images import to_pixels
 
 LIMIT = 1e-4
 Towers = Callable[[str, bool], tuple[torch.nn.Module, Any]]
@@ -87,6 +89,31 @@ def test_as_close_to_float64_as_timm(towers: Towers, figure: Figure) -> None:
     figure("FEATURES vs. timm in float64", error, LIMIT)
     timm_error = reference.relative_error(theirs, exact)
     figure("our distance from float64 over timm's, ratio", error / timm_error, 2)
+
+
+@pytest.mark.parametrize("side", [1536, 2048])
+def test_features_of_big_pictures(towers: Towers, side: int, figure: Figure) -> None:
+    """A narrow strip of that length costs a tenth; the network has no positions to run out of."""
+    timm_tower, vlm = towers("native", True)
+    pixels = _pixels(128, side)
+    theirs = _flat(reference.stages(timm_tower, pixels)["head"])
+    error = reference.relative_error(np.array(vlm.vision(mx.array(pixels))), theirs)
+    figure(f"FEATURES vs. timm, fused, 128x{side}", error, LIMIT)
+
+
+def test_tiles(towers: Towers, figure: Figure) -> None:
+    """An overview and 2x2 tiles through fitting and batch, against crop after crop in timm."""
+    timm_tower, vlm = towers("native", True)
+    picture = (255 * _pixels(256, 256)[0]).astype(np.uint8)
+    crops = vlm.preprocess(picture, image_size=128, tiles=(2, 2)).crops
+    cut = [picture[y : y + 128, x : x + 128] for y in (0, 128) for x in (0, 128)]
+    small = PIL.Image.fromarray(picture).resize((128, 128), PIL.Image.Resampling.BICUBIC)
+    theirs = [
+        _flat(reference.stages(timm_tower, crop[None].astype(np.float32) / 255)["head"])[0]
+        for crop in (np.asarray(small), *cut)
+    ]
+    error = reference.relative_error(np.array(vlm.vision(to_pixels(crops))), np.array(theirs))
+    figure("FEATURES vs. timm, overview and 2x2 tiles", error, LIMIT)
 
 
 def test_batch(towers: Towers, figure: Figure) -> None:
