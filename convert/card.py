@@ -113,6 +113,10 @@ def _verification(found: Mapping[str, Any]) -> list[str]:
         return [f"Not run: {found['reason']}."]
     until, tokens = found["tokens_until_divergence"], found["answer_tokens"]
     rows = [
+        (
+            "largest error of a weight, over what its format allows",
+            f"{found['stored']['worst']:.3f}",
+        ),
         ("relative error of the image features", f"{found['feature_error']['head']:.3%}"),
         ("relative error of the image tokens", f"{found['feature_error']['image tokens']:.3%}"),
         ("KL divergence of the next token, mean", f"{found['kl_mean']:.5f} nats"),
@@ -121,6 +125,14 @@ def _verification(found: Mapping[str, Any]) -> list[str]:
     ]
     if tokens:
         rows.append(("greedy tokens before the first difference", f"{sum(until)} of {sum(tokens)}"))
+    accuracy = found["accuracy"]
+    if accuracy:
+        rows.append(
+            (
+                f"right answers to {accuracy['questions']} held-out questions",
+                f"{accuracy['result']['all']:.1%} (source {accuracy['source']['all']:.1%})",
+            )
+        )
     if found["by_layer"]:
         rows.append(("answers", f"not given: {found['by_layer']}"))
     return [

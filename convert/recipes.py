@@ -16,6 +16,7 @@ that override both; the first rule whose pattern matches wins. `read_recipe` rea
 """
 
 import re
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import filter as matching
@@ -179,10 +180,6 @@ def mixed(text: Packing, modules: Iterable[str], vision: Packing | None = None) 
 
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe from a TOML file. Raises OptionError, naming unknown keys."""
-    try:
-        import tomllib
-    except ModuleNotFoundError as error:  # Python 3.10
-        raise OptionError("Recipes in TOML need Python 3.11 or newer.") from error
     try:
         contents = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -10,14 +10,13 @@ errors on the matrix itself. `allocation.py` then finds the best choice within t
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.checkpoint.loading import Examined
+from fastvlm_mlx.checkpoint.loading import Examined, load_checkpoint
 from fastvlm_mlx.checkpoint.quantized import Quantization
 from fastvlm_mlx.errors import CheckpointError, OptionError
 from fastvlm_mlx.images import fit_image, to_pixels
@@ -45,7 +44,6 @@ Progress = Callable[[str, int, int], None]
 
 
 def automatic(
-    folder: Path,
     source: Examined,
     modules: Mapping[str, int],
     *,
@@ -61,12 +59,12 @@ def automatic(
     Raises OptionError for a target that cannot be met, CheckpointError if the model does not fit
     into memory.
     """
-    shortage = memory_shortage(source.config)
+    shortage = memory_shortage(source.config, mx.float32)
     if shortage:
         raise CheckpointError(f"Recipe auto has to run the model, but {shortage}; use 'mixed'.")
     names = [name for name in modules if not name.startswith("vision.")]
     groups = GROUPS if group_size is None else (group_size,)
-    network, probe = _prepare(folder, source, seed)
+    network, probe = _prepare(source, seed)
     measured: list[str] = []
     options: list[list[Quantization]] = []
     sizes: list[list[int]] = []
@@ -114,9 +112,11 @@ class _Sample:
     logits: mx.array
 
 
-def _prepare(folder: Path, source: Examined, seed: int) -> tuple[Network, list[_Sample]]:
+def _prepare(source: Examined, seed: int) -> tuple[Network, list[_Sample]]:
     side = min(_SIDE, source.config.vision.image_size)
-    vlm = fv.load(folder, image_size=side)
+    # In float32 on a GPU too: what one matrix changes would drown in bfloat16's rounding.
+    loaded = load_checkpoint(source.folder, dtype=mx.float32, keep_quantized=False)
+    vlm = fv.FastVLM(loaded, image_size=side)
     network = vlm.network
     prepared = []
     for sample in samples(_SAMPLES, seed + _SEED):

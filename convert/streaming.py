@@ -3,6 +3,7 @@
 Memory holds one source tensor and a few pieces of it, however large the model is.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +16,19 @@ from fastvlm_mlx.errors import CheckpointError
 
 from .plan import Plan
 
-__all__ = ["dequantize", "quantize", "small_cache", "weight_error", "write_values"]
+__all__ = [
+    "DTYPES",
+    "Streams",
+    "dequantize",
+    "float_dtype",
+    "quantize",
+    "small_cache",
+    "weight_error",
+    "write_values",
+]
 
 _PIECE_BYTES = 32 << 20
-_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _SAMPLED_ROWS = 128
 
 
@@ -30,7 +40,7 @@ def write_values(
     The error is the root mean square of the difference over that of the weights, on evenly spaced
     rows. Raises CheckpointError for values that are NaN, infinite or out of the dtype's range.
     """
-    streams = _Streams()
+    streams = Streams()
     errors: dict[str, float] = {}
     for name, array in values:
         module = name.removesuffix(".weight")
@@ -58,7 +68,7 @@ def small_cache() -> Iterator[None]:
         mx.set_cache_limit(limit)
 
 
-class _Streams:
+class Streams:
     """Two queues on the CPU, whose kernels here are single-threaded; the GPU has its own."""
 
     def __init__(self) -> None:
@@ -69,25 +79,26 @@ class _Streams:
             else [mx.default_stream(mx.default_device())]
         )
 
+    def rows(self, shape: tuple[int, ...]) -> Iterator[list[tuple[slice, mx.Stream]]]:
+        """The rows of an array of this shape, a piece for each stream at a time."""
+        width = max(1, math.prod(shape[1:]))
+        step = max(1, min(_PIECE_BYTES // (4 * width), -(-shape[0] // len(self.all))))
+        parts = [slice(at, at + step) for at in range(0, shape[0], step)]
+        for at in range(0, len(parts), len(self.all)):
+            yield list(zip(parts[at:], self.all, strict=False))
 
-def _pieces(array: mx.array, streams: _Streams) -> Iterator[list[tuple[mx.array, mx.Stream]]]:
-    """The rows of an array, a piece for each stream at a time."""
-    if array.ndim == 0:
-        yield [(array.reshape(1), streams.all[0])]
-        return
-    width = max(1, array.size // array.shape[0])
-    rows = max(1, min(_PIECE_BYTES // (4 * width), -(-array.shape[0] // len(streams.all))))
-    parts = [array[at : at + rows] for at in range(0, array.shape[0], rows)]
-    for at in range(0, len(parts), len(streams.all)):
-        yield list(zip(parts[at:], streams.all, strict=False))
+
+def _pieces(array: mx.array, streams: Streams) -> Iterator[list[tuple[mx.array, mx.Stream]]]:
+    for batch in streams.rows(array.shape):
+        yield [(array[rows], stream) for rows, stream in batch]
 
 
 def _write_floats(
-    plan: Plan, name: str, array: mx.array, writer: ShardedWriter, streams: _Streams
+    plan: Plan, name: str, array: mx.array, writer: ShardedWriter, streams: Streams
 ) -> None:
     target = plan.tensors[name]
     for batch in _pieces(array, streams):
-        cast = [part.astype(_DTYPES[target.dtype], stream=s) for part, s in batch]
+        cast = [part.astype(DTYPES[target.dtype], stream=s) for part, s in batch]
         sums = [c.astype(mx.float32, stream=s).sum(stream=s) for c, (_, s) in zip(cast, batch)]  # noqa: B905
         mx.eval(cast, sums)
         for piece, total in zip(cast, sums, strict=True):
@@ -101,12 +112,12 @@ def _write_quantized(
     how: Quantization,
     array: mx.array,
     writer: ShardedWriter,
-    streams: _Streams,
+    streams: Streams,
 ) -> float:
     names = [f"{module}.{part}" for part in ("weight", "scales", "biases")]
     targets = [plan.tensors[name] for name in names if name in plan.tensors]
     vision = module.startswith("vision.")
-    dtype = _DTYPES[targets[-1].dtype] if how.mode == "affine" else _float_like(plan, vision)
+    dtype = DTYPES[targets[-1].dtype] if how.mode == "affine" else float_dtype(plan, vision)
     for batch in _pieces(array, streams):
         packed = [quantize(part, how, dtype, s) for part, s in batch]
         sums = [part.astype(mx.float32, stream=s).sum(stream=s) for part, s in batch]
@@ -118,10 +129,10 @@ def _write_quantized(
     return weight_error(array, how, dtype)
 
 
-def _float_like(plan: Plan, vision: bool) -> mx.Dtype:
-    """The dtype of unquantized tensors in the same part of the network."""
+def float_dtype(plan: Plan, vision: bool) -> mx.Dtype:
+    """The dtype of unquantized tensors in the tower, or in the rest."""
     kinds = [t.dtype for n, t in plan.tensors.items() if n.startswith("vision.") == vision]
-    return next(_DTYPES[kind] for kind in kinds if kind in _DTYPES)
+    return next(DTYPES[kind] for kind in kinds if kind in DTYPES)
 
 
 def quantize(

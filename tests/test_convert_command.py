@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_ctrl_c_cleans_up(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_failed_verification(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    strict = Thresholds(features=1e-9, image_tokens=1.0, kl=1e-9)
+    strict = Thresholds(features=1e-9, kl=1e-9)
     monkeypatch.setattr(Thresholds, "for_bits", lambda *_: strict)
     options: dict[str, Any] = {"bits": 4, "samples": 1}
     with pytest.raises(
@@ -139,14 +140,22 @@ def test_what_is_measured() -> None:
         maps = {"head": mx.ones((1, 2)) * scale, "image tokens": mx.ones((1, 2))}
         return Observed([maps], [rows], [(1,)])
 
-    limits = Thresholds(0.2, 0.2, 1.0)
+    limits = Thresholds(0.2, 1.0)
     result = verify(observed(1.0, logits), observed(1.1, other), limits)
     assert result.feature_error["head"] == pytest.approx(0.1)
+    q = [0.9094430, 0.0452785, 0.0452785]
+    both = sum((a - b) * (log(a) - log(b)) for a, b in zip(p, q, strict=True))  # there and back
+    assert result.kl_unrelated == pytest.approx(both / 2, rel=1e-4)
     assert (result.top1_agreement, result.tokens_until_divergence) == (0.5, [0])
     assert result.passed
     assert not verify(observed(1.0, logits), observed(1.0, other * float("nan")), limits).passed
     failed = verify(observed(1.0, logits), observed(1.5, logits), limits)
     assert failed.failures == ["relative error of the image features is 0.5, more than 0.2"]
+    # A quantized model is broken where it is half as far off as unrelated answers are.
+    shifted = observed(1.0, mx.roll(logits, 1, axis=0))
+    broken = verify(observed(1.0, logits), shifted, Thresholds.for_bits(2, 16))
+    assert broken.failures[0].startswith("mean KL divergence is")
+    assert broken.thresholds["kl"] == pytest.approx(broken.kl_mean / 2)
     assert failed.tokens_until_divergence == [2]
 
 
