@@ -54,7 +54,7 @@ def compare(checkpoint: Path, repeat: int) -> dict[str, Any]:
     peer, processor = load_peer(str(checkpoint))
     peer.set_dtype(mx.float32)
     mx.eval(peer.parameters())
-    ours = fv.load(checkpoint, dtype="float32")
+    ours = fv.load(checkpoint, dtype="float32", feature_cache=None)
     prompt = apply_chat_template(processor, peer.config, QUESTION, num_images=1)
     picture = _twelve_megapixels()
 

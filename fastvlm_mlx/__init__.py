@@ -21,11 +21,14 @@ if TYPE_CHECKING:
         ImageError,
         OptionError,
         PromptError,
+        SavedFileError,
         UnsupportedCheckpoint,
     )
+    from .features import EncodedImage, FeatureCache
     from .generation import Answer, Chunk, Options, Stream, Timings
+    from .images import PreprocessedImage
     from .prompt import IMAGE
-    from .vlm import EncodedImage, FastVLM, PreprocessedImage, load
+    from .vlm import FastVLM, load
 
 _HOME = {
     "Answer": "generation",
@@ -33,16 +36,18 @@ _HOME = {
     "Chat": "chat",
     "CheckpointError": "errors",
     "Chunk": "generation",
-    "EncodedImage": "vlm",
+    "EncodedImage": "features",
     "FastVLM": "vlm",
     "FastVLMError": "errors",
+    "FeatureCache": "features",
     "HubError": "errors",
     "IMAGE": "prompt",
     "ImageError": "errors",
     "OptionError": "errors",
     "Options": "generation",
-    "PreprocessedImage": "vlm",
+    "PreprocessedImage": "images",
     "PromptError": "errors",
+    "SavedFileError": "errors",
     "Stream": "generation",
     "Timings": "generation",
     "UnsupportedCheckpoint": "errors",
@@ -58,12 +63,14 @@ __all__ = [
     "EncodedImage",
     "FastVLM",
     "FastVLMError",
+    "FeatureCache",
     "HubError",
     "ImageError",
     "OptionError",
     "Options",
     "PreprocessedImage",
     "PromptError",
+    "SavedFileError",
     "Stream",
     "Timings",
     "UnsupportedCheckpoint",

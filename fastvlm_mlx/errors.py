@@ -6,6 +6,7 @@
     ├── PromptError        images and `<image>` slots disagree, or the prompt is too long
     ├── CheckpointError    weights, config or tokenizer that cannot be used as they are
     │   └── UnsupportedCheckpoint   recognised, but not something this library runs
+    ├── SavedFileError     a saved conversation or encoded picture: damaged, of another model
     ├── HubError           the Hugging Face Hub could not give us the files
     └── BenchmarkError     a measurement that cannot be made, or a result file that cannot be read
 
@@ -21,6 +22,7 @@ __all__ = [
     "ImageError",
     "OptionError",
     "PromptError",
+    "SavedFileError",
     "UnsupportedCheckpoint",
 ]
 
@@ -47,6 +49,10 @@ class CheckpointError(FastVLMError):
 
 class UnsupportedCheckpoint(CheckpointError):
     """A checkpoint that is recognised but cannot be run; the message names what to use instead."""
+
+
+class SavedFileError(FastVLMError):
+    """A saved file cannot be written, is damaged, or belongs to another model or version."""
 
 
 class HubError(FastVLMError):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer",
     "Chunk",
+    "Clock",
     "Options",
     "Prefix",
     "Stream",
@@ -106,6 +107,28 @@ class Timings:
     def ttft(self) -> float:
         """Time to first token: everything but `decode`."""
         return float(sum(asdict(self).values())) - self.decode
+
+
+class Clock:
+    """Adds up the seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def took(self, **seconds: float) -> None:
+        """Add what was measured elsewhere, and start the next lap."""
+        for name, value in seconds.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + value
+        self._last = time.perf_counter()
+
+    def timings(self) -> Timings:
+        return Timings(**self._seconds)
 
 
 @dataclass(frozen=True)

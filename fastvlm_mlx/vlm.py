@@ -4,12 +4,9 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
 from .batching import Prompt, encode_pictures, generate_batch
 from .chat import Chat
@@ -18,8 +15,16 @@ from .checkpoint.quantized import quantize_linears
 from .checkpoint.source import DEFAULT_MODEL, checkpoint_folder
 from .config import Config
 from .errors import OptionError, PromptError
-from .generation import Answer, Options, Prefix, Stream, Timings, generate, make_options
-from .images import Fit, ImageSource, load_image, to_pixels
+from .features import (
+    MEMORY_BYTES,
+    EncodedImage,
+    FeatureCache,
+    as_feature_cache,
+    model_fingerprint,
+    pixel_digest,
+)
+from .generation import Answer, Clock, Options, Prefix, Stream, Timings, generate, make_options
+from .images import Fit, ImageSource, PreprocessedImage, load_image, to_pixels
 from .prompt import SYSTEM, USER, expand, prompt_ids
 from .tiling import Grid, ImageSize, automatic_size, check_grid, check_image_size, fit_tiles
 from .tokenizer import Tokenizer
@@ -45,29 +50,6 @@ DEFAULT_PROMPT = "Describe the image."
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
-@dataclass(frozen=True)
-class EncodedImage:
-    """A picture as the language model sees it; pass it wherever a picture goes."""
-
-    tokens: mx.array
-    """(N, hidden) image tokens in row-major order; of a tiled picture, crop after crop."""
-
-
-@dataclass(frozen=True)
-class PreprocessedImage:
-    """A picture decoded and fitted, but not encoded; pass it wherever a picture goes.
-
-    Made without MLX, hence in any thread.
-    """
-
-    crops: tuple[npt.NDArray[np.uint8], ...]
-    """(H, W, 3) each, equal in size: the whole picture, then its tiles row by row, if any."""
-    load_image: float = 0.0
-    """Seconds from bytes to an upright RGB picture."""
-    preprocess: float = 0.0
-    """Seconds for padding or cropping, and resizing."""
-
-
 Image: TypeAlias = "ImageSource | PreprocessedImage | EncodedImage"
 Images: TypeAlias = "Image | Sequence[Image]"
 
@@ -85,6 +67,7 @@ def load(
     image_size: ImageSize | None = None,
     tiles: Grid = (1, 1),
     fit: Fit = "pad",
+    feature_cache: int | str | os.PathLike[str] | FeatureCache | None = MEMORY_BYTES,
     revision: str | None = None,
     allow_private_urls: bool = False,
     announce: Callable[[str], None] | None = None,
@@ -105,6 +88,9 @@ def load(
             besides an overview of the whole; (1, 1) is the whole picture once.
         fit: "pad" to a square with black first (as the models are used by Apple's predict.py), or
             "crop" the centre.
+        feature_cache: where to remember encoded pictures, so that a further question about one
+            costs no encoder run: bytes of memory, a directory (which also outlives the process), a
+            `FeatureCache`, or None for nowhere (to measure the encoder, for example).
         revision: branch, tag or commit on the Hub.
         allow_private_urls: let picture URLs point into private networks.
         announce: gets one line (size, licence) before a download.
@@ -121,6 +107,7 @@ def load(
     check_grid(tiles)
     if fit not in ("pad", "crop"):
         raise OptionError(f"fit is {fit!r}; expected 'pad' or 'crop'.")
+    cache = as_feature_cache(feature_cache)
     on_gpu = mx.default_device() == mx.gpu
     if mx.metal.is_available():
         # Once, so that macOS keeps the weights resident; 15 and later, a no-op before.
@@ -142,6 +129,7 @@ def load(
         image_size=image_size,
         tiles=tiles,
         fit=fit,
+        feature_cache=cache,
         allow_private_urls=allow_private_urls,
     )
 
@@ -156,6 +144,7 @@ class FastVLM:
         image_size: ImageSize | None = None,
         tiles: Grid = (1, 1),
         fit: Fit = "pad",
+        feature_cache: FeatureCache | None = None,
         allow_private_urls: bool = False,
     ) -> None:
         self.network = loaded.network
@@ -165,8 +154,12 @@ class FastVLM:
         self.image_size: ImageSize = image_size or self.config.vision.image_size
         self.tiles = check_grid(tiles)
         self.fit: Fit = fit
+        self.feature_cache = feature_cache
         self._allow_private_urls = allow_private_urls
-        self._prefix = Prefix(self.tokenizer.encode(SYSTEM + USER))
+        beginning = self.tokenizer.encode(SYSTEM + USER)
+        self.fingerprint = model_fingerprint(self.network, self.config, beginning)
+        """Equal for equal models: what encoded pictures and saved conversations belong to."""
+        self._prefix = Prefix(beginning)
         # One graph per input shape. MLX's CPU backend compiles each operation by itself instead.
         on_gpu = mx.default_device() == mx.gpu
         self._encode_pixels = mx.compile(self.network.encode) if on_gpu else self.network.encode
@@ -274,7 +267,7 @@ class FastVLM:
             image = self.preprocess(image, image_size=image_size, tiles=tiles)
         elif image_size is not None or tiles is not None:
             raise OptionError("The picture is preprocessed; give image_size and tiles there.")
-        encoded = EncodedImage(self._encode(image))
+        encoded = self._encoded(image, Clock())
         mx.eval(encoded.tokens)
         return encoded
 
@@ -284,7 +277,7 @@ class FastVLM:
 
     def logits(self, token_ids: Sequence[int], images: Images = ()) -> mx.array:
         """Logits (1, L, vocab) of a whole prompt, in which `IMAGE` stands once per picture."""
-        encoded = [self._as_encoded(image).tokens for image in as_list(images)]
+        encoded = [self._encoded(image, Clock()).tokens for image in as_list(images)]
         ids = expand(token_ids, [tokens.shape[0] for tokens in encoded])
         self._check_context(len(ids))
         return self.network.logits(self.network.embed(ids, encoded))
@@ -312,44 +305,57 @@ class FastVLM:
         self, prompt: Sequence[int], images: Sequence[Image]
     ) -> tuple[list[int], list[mx.array], Timings]:
         """Expanded token ids, image tokens, and what they cost; `prompt` has IMAGE per picture."""
-        clock = _Clock()
-        encoded: list[mx.array] = []
-        for image in images:
-            if isinstance(image, EncodedImage):
-                encoded.append(self._as_encoded(image).tokens)
-                continue
-            pixels = self._preprocessed(image)
-            clock.took(load_image=pixels.load_image, preprocess=pixels.preprocess)
-            # Queued, not awaited: the device encodes while the next picture is decoded.
-            encoded.append(self._encode(pixels))
-            mx.async_eval(encoded[-1])
-            clock.lap("encode")
+        clock = Clock()
+        encoded = [self._encoded(image, clock).tokens for image in images]
         ids = expand(prompt, [tokens.shape[0] for tokens in encoded])
         clock.lap("preprocess")
         mx.eval(encoded)
         clock.lap("encode")
         return ids, encoded, clock.timings()
 
+    def _encoded(self, image: Image, clock: Clock) -> EncodedImage:
+        """A picture's tokens: as given, remembered, or queued for the device but not awaited."""
+        if isinstance(image, EncodedImage):
+            return self._checked(image)
+        fitted = self._preprocessed(image)
+        clock.took(load_image=fitted.load_image, preprocess=fitted.preprocess)
+        cache = self.feature_cache
+        digest = pixel_digest(fitted.crops) if cache else None
+        known = cache.get(self.fingerprint, digest) if cache and digest else None
+        clock.lap("preprocess")
+        if known is not None:
+            return known
+        # The device encodes while the next picture is decoded.
+        encoded = EncodedImage(self._encode(fitted), self.fingerprint, digest)
+        mx.async_eval(encoded.tokens)
+        if cache:
+            cache.put(encoded)
+        clock.lap("encode")
+        return encoded
+
     def _preprocessed(self, image: "ImageSource | PreprocessedImage") -> PreprocessedImage:
         return image if isinstance(image, PreprocessedImage) else self.preprocess(image)
 
     def _before_encoder(self, image: Image) -> PreprocessedImage | EncodedImage:
-        if isinstance(image, EncodedImage):
-            return self._as_encoded(image)
-        return self._preprocessed(image)
+        return (
+            self._checked(image) if isinstance(image, EncodedImage) else self._preprocessed(image)
+        )
 
     def _encode(self, image: PreprocessedImage) -> mx.array:
         tokens = self._encode_pixels(to_pixels(image.crops))
         return tokens.reshape(-1, tokens.shape[-1])
 
-    def _as_encoded(self, image: Image) -> EncodedImage:
-        if not isinstance(image, EncodedImage):
-            return self.encode(image)
+    def _checked(self, image: EncodedImage) -> EncodedImage:
         hidden = self.config.text.hidden_size
         if image.tokens.ndim != 2 or image.tokens.shape[1] != hidden:
             raise PromptError(
                 f"An encoded image of shape {tuple(image.tokens.shape)} was given; this model "
                 f"takes (N, {hidden}). Encode the picture with this very model."
+            )
+        if image.model not in (None, self.fingerprint):
+            raise PromptError(
+                "An encoded image of another model was given (or of this one in another dtype or "
+                "quantization). Encode the picture with this very model."
             )
         return image
 
@@ -362,28 +368,6 @@ class FastVLM:
                 f"is {self.config.context_length}. Ask a shorter question or give fewer pictures."
             )
         return room
-
-
-class _Clock:
-    """Adds up the seconds between laps, by name."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def took(self, **seconds: float) -> None:
-        """Add what was measured elsewhere, and start the next lap."""
-        for name, value in seconds.items():
-            self._seconds[name] = self._seconds.get(name, 0.0) + value
-        self._last = time.perf_counter()
-
-    def timings(self) -> Timings:
-        return Timings(**self._seconds)
 
 
 def as_list(images: Images) -> list[Image]:

@@ -22,8 +22,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vlm(tiny: Path) -> fv.FastVLM:
-    """The tiny checkpoint, loaded in float32."""
-    return fv.load(tiny, dtype="float32")
+    """The tiny checkpoint, loaded in float32; every picture is encoded anew."""
+    return fv.load(tiny, dtype="float32", feature_cache=None)
 
 
 @pytest.fixture(scope="session")

@@ -91,6 +91,21 @@ def test_the_model_can_come_from_the_environment_and_the_picture_from_stdin(
     assert by_pipe.stdout == by_file.stdout
 
 
+def test_a_feature_cache_outlives_the_command(tiny: Path, photo: Path, tmp_path: Path) -> None:
+    def answer(*options: str | Path, env: dict[str, str] | None = None) -> tuple[str, float]:
+        result = run("caption", photo, "-m", tiny, "--max-tokens", "4", "--json", *options, env=env)
+        record = json.loads(result.stdout)
+        return record["text"], record["timings"]["encode"]
+
+    folder = tmp_path / "features"
+    first = answer("--feature-cache", folder)
+    again = answer(env={"FASTVLM_FEATURE_CACHE": str(folder)})
+    assert len(list(folder.iterdir())) == 1
+    assert again[0] == first[0] and again[1] < first[1] / 4
+    wrong = run("caption", photo, "-m", tiny, "--feature-cache", photo)
+    assert wrong.returncode == 2 and "cannot be used as a directory" in one_line(wrong)
+
+
 def test_ask_about_two_pictures(tiny: Path, photo: Path) -> None:
     result = run("ask", photo, photo, "Same?", "-m", tiny, "--max-tokens", "2", "--json")
     record = json.loads(result.stdout)

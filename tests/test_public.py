@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each module may import from its own line and the lines above. See CONTRIBUTING.md.
 FLOORS = [
     {"errors", "blas"},
-    {"config", "images", "colour", "fetching", "tokenizer", "ops"},
+    {"config", "saved", "images", "colour", "fetching", "tokenizer", "ops"},
     {"prompt", "tiling"},
     {"vision"},
     {"model"},
-    {"checkpoint", "generation"},
+    {"checkpoint", "features", "generation"},
     {"batching"},
     {"chat", "vlm"},  # a conversation names the type of what it talks to
     {"report", "testing", "testing_files", "testing_names"},

@@ -96,7 +96,7 @@ def test_tiled_features_are_those_of_each_crop_by_itself(
 def test_all_crops_are_one_batch(
     tiny: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vlm = fv.load(tiny, tiles=(2, 2), image_size=64)
+    vlm = fv.load(tiny, tiles=(2, 2), image_size=64, feature_cache=None)
     shapes: list[tuple[int, ...]] = []
     encode = vlm.network.encode
 

@@ -152,3 +152,23 @@ def test_invented_and_forgotten_objects_cost_the_same():
         score.judge(scene, Exchange("caption", CAPTION, ""), text)
         shares = score.shares()
         assert shares["object statements"] == pytest.approx(min(3, count) / max(3, count))
+
+
+def test_the_other_picture_of_two_is_told_from_the_right_one():
+    pairs = [(make_scene(HELD_OUT + i), make_scene(HELD_OUT + i + 1)) for i in range(0, 60, 2)]
+
+    def right(scenes, question):
+        asked = scoring.pair_question(*scenes)
+        assert asked.question == question
+        return asked.answer
+
+    def other(scenes, question):
+        scene = scenes["first" in question]
+        return caption(scene) if "sign" not in question and "written" not in question else "?"
+
+    score = scoring.judge_pairs(pairs, right)
+    wrong = scoring.judge_pairs(pairs, other).shares()
+    assert score.shares() == {**dict.fromkeys(wrong, 1.0), "two pictures, the other one": 0.0}
+    assert {"two pictures, pair", "two pictures, pair_read"} <= set(wrong)
+    assert wrong["two pictures"] == 0 and wrong["two pictures, statements"] < 0.1
+    assert wrong["two pictures, the other one"] > 0.9

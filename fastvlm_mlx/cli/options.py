@@ -66,6 +66,15 @@ class ModelOptions:
     fit: Annotated[str, typer.Option("--fit", help="pad (whole picture) or crop (its centre).")] = (
         "pad"
     )
+    feature_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--feature-cache",
+            metavar="DIR",
+            envvar="FASTVLM_FEATURE_CACHE",
+            help="Keep encoded pictures here, so that asking about one again starts sooner.",
+        ),
+    ] = None
     allow_private_urls: Annotated[
         bool, typer.Option("--allow-private-urls", help="Allow picture URLs in private networks.")
     ] = False
@@ -81,6 +90,8 @@ class ModelOptions:
             arguments["image_size"] = int(self.image_size)
         if re.fullmatch("[0-9]+x[0-9]+", self.tiles):
             arguments["tiles"] = tuple(map(int, self.tiles.split("x")))
+        if not self.feature_cache:
+            del arguments["feature_cache"]  # the library's default, in memory
         with loading_progress() as progress:
             return load(**arguments, announce=say, progress=progress)
 

@@ -3,7 +3,8 @@
     python -m training.nano.evaluate --model nano --scenes 1000 --sizes 128,192,256,384,512
 
 Asks through the package's public interface, as a user would.  `--run NAME` asks a training
-run's averaged weights in PyTorch instead, with the same scoring.
+run's averaged weights in PyTorch instead, with the same scoring.  Questions about two pictures
+(`--pairs`) are put to the package only.
 """
 
 from __future__ import annotations
@@ -21,28 +22,35 @@ from PIL import Image
 from .drawing import render
 from .language import CAPTION
 from .scenes import HELD_OUT, Scene, make_scene
-from .scoring import Score, judge_all
+from .scoring import Score, judge_all, judge_pairs
 
 Ask = Callable[[Image.Image, Sequence[str]], list[str]]
+AskPair = Callable[[tuple[Image.Image, Image.Image], str], str]
 MOST_TOKENS = 80
 
 
 def package_model(
     name: str, size: int, quantize: int | None
-) -> tuple[Ask, Callable[[Image.Image], float]]:
-    """How to ask a model of the package, and how to measure its time to first token."""
+) -> tuple[Ask, AskPair, Callable[[Image.Image], float]]:
+    """How to ask a model of the package, also about two pictures, and how to time it."""
+    from fastvlm_mlx.blas import load_openblas
+
+    load_openblas()
     import fastvlm_mlx as fv
 
-    vlm = fv.load(name, image_size=size, quantize=quantize)
+    vlm = fv.load(name, image_size=size, quantize=quantize, feature_cache=None)
 
     def ask(image: Image.Image, questions: Sequence[str]) -> list[str]:
         encoded = vlm.encode(image)
         return [vlm.ask(encoded, q, max_tokens=MOST_TOKENS).text for q in questions]
 
+    def ask_pair(images: tuple[Image.Image, Image.Image], question: str) -> str:
+        return vlm.ask(images, question, max_tokens=MOST_TOKENS).text
+
     def first_token(image: Image.Image) -> float:
         return vlm.ask(image, CAPTION, max_tokens=1).ttft
 
-    return ask, first_token
+    return ask, ask_pair, first_token
 
 
 def run_model(run: str, size: int) -> Ask:
@@ -92,6 +100,14 @@ def ordered(score: Score) -> dict[str, float]:
     }
 
 
+def _ask_pairs(pairs: Sequence[tuple[Scene, Scene]], ask: AskPair, order: int) -> dict[str, float]:
+    """Shares of right answers; with `order` -1 the pictures are shown the wrong way round."""
+    score = judge_pairs(pairs, lambda scenes, q: ask(tuple(render(s) for s in scenes[::order]), q))
+    if order > 0:
+        return score.shares()
+    return {"two pictures, shown the wrong way round": score.shares()["two pictures"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -100,22 +116,31 @@ def main() -> None:
     parser.add_argument("--run", help="a training run in PyTorch instead of a model of the package")
     parser.add_argument("--quantize", type=int, help="bits to quantize the model to while loading")
     parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=200, help="questions about two pictures")
     parser.add_argument("--sizes", default="128,192,256,384,512")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
 
     scenes = [make_scene(HELD_OUT + i) for i in range(options.scenes)]
+    seeds = range(HELD_OUT, HELD_OUT + 2 * options.pairs, 2)
+    pairs = [(make_scene(seed), make_scene(seed + 1)) for seed in seeds]
     columns: dict[int, dict[str, float]] = {}
     for size in map(int, options.sizes.split(",")):
         if options.run:
-            ask, first_token = run_model(options.run, size), None
+            ask, ask_pair, first_token = run_model(options.run, size), None, None
         else:
-            ask, first_token = package_model(options.model, size, options.quantize)
+            ask, ask_pair, first_token = package_model(options.model, size, options.quantize)
         label = f"{size} px"
         score = judge_all(
             with_progress(scenes, label), lambda scene, q, ask=ask: ask(render(scene), q)
         )
         columns[size] = ordered(score)
+        if ask_pair:
+            columns[size] |= {
+                name: share
+                for order in (1, -1)
+                for name, share in _ask_pairs(pairs, ask_pair, order).items()
+            }
         if first_token:
             times = [first_token(render(scene)) for scene in scenes[:21]]
             columns[size]["TTFT, ms (median)"] = 1000 * statistics.median(times[1:])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from .language import CAPTION, KINDS, PLACES, Exchange, exchange
+from .language import CAPTION, KINDS, PLACES, Exchange, exchange, pair_exchange
 from .scenes import COLOURS, SHAPES, SIZES, Scene
 
 Statement = tuple[str, str, str, str]  # size, colour, shape, position
@@ -55,6 +55,13 @@ def questions(scene: Scene) -> list[Exchange]:
     ]
 
 
+def pair_question(first: Scene, second: Scene) -> Exchange:
+    """The evaluation's question about two pictures: fixed by their seeds."""
+    return pair_exchange(
+        first, second, np.random.Generator(np.random.PCG64([first.seed, second.seed, 3]))
+    )
+
+
 class Score:
     """Right and possible points by name; `questions` sums all kinds but the caption."""
 
@@ -86,6 +93,19 @@ class Score:
         self.add("caption text", sign_text(answer) == expected)
         self.add("whole captions", claimed == true and sign_text(answer) == expected)
 
+    def judge_pair(self, scenes: tuple[Scene, Scene], asked: Exchange, answer: str) -> None:
+        """Judge an answer to `pair_question`; also whether it tells of the other picture."""
+        meant = "second" in asked.question
+        scene, other = scenes[meant], scenes[not meant]
+        right = same(answer, asked.answer)
+        self.add("two pictures", right)
+        self.add(f"two pictures, {asked.kind}", right)
+        if asked.kind == "pair":
+            claimed, true = statements(answer), truth(scene)
+            shared = (claimed & true).total()
+            self.add("two pictures, statements", shared, max(claimed.total(), true.total()))
+            self.add("two pictures, the other one", (claimed & truth(other)).total() > shared)
+
     def shares(self) -> dict[str, float]:
         return {name: self.right[name] / self.total[name] for name in self.total}
 
@@ -97,4 +117,15 @@ def judge_all(scenes: Iterable[Scene], ask: Callable[[Scene, list[str]], list[st
         asked = questions(scene)
         for item, answer in zip(asked, ask(scene, [e.question for e in asked]), strict=True):
             score.judge(scene, item, answer)
+    return score
+
+
+def judge_pairs(
+    pairs: Iterable[tuple[Scene, Scene]], ask: Callable[[tuple[Scene, Scene], str], str]
+) -> Score:
+    """Put one question about one of two pictures to `ask(scenes, question)`, for every pair."""
+    score = Score()
+    for scenes in pairs:
+        asked = pair_question(*scenes)
+        score.judge_pair(scenes, asked, ask(scenes, asked.question))
     return score
