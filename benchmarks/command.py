@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from .reporting.command import report
+
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
 
 
@@ -51,3 +53,6 @@ def count(
     for name, cost in [*costs.items(), ("total", total(costs.values()))]:
         launches, moved, work = len(cost.launches), cost.bytes / 1e9, cost.flops / 1e9
         print(f"{name:<8} {launches:>8} {moved:>7.3f} {work:>8.1f}")
+
+
+app.command()(report)

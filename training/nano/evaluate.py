@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from PIL import Image
@@ -31,12 +32,14 @@ MOST_TOKENS = 80
 
 def package_model(
     name: str, size: int, quantize: int | None
-) -> tuple[Ask, AskPair, Callable[[Image.Image], float]]:
-    """How to ask a model of the package, also about two pictures, and how to time it."""
+) -> tuple[Ask, AskPair, Callable[[Image.Image], float], str]:
+    """How to ask a model of the package, also about two pictures, how to time it, and where."""
     from fastvlm_mlx.blas import load_openblas
 
     load_openblas()
     import fastvlm_mlx as fv
+    from fastvlm_mlx.benchmarks.machine import describe_software, this_machine
+    from fastvlm_mlx.benchmarks.reporting.words import where
 
     vlm = fv.load(name, image_size=size, quantize=quantize, feature_cache=None)
 
@@ -50,7 +53,10 @@ def package_model(
     def first_token(image: Image.Image) -> float:
         return vlm.ask(image, CAPTION, max_tokens=1).ttft
 
-    return ask, ask_pair, first_token
+    dtype = str(vlm.network.language_model.model.norm.weight.dtype).removeprefix("mlx.core.")
+    now = datetime.now(UTC).isoformat()
+    place = where(this_machine(), describe_software().mlx, dtype, now)
+    return ask, ask_pair, first_token, place
 
 
 def run_model(run: str, size: int) -> Ask:
@@ -125,11 +131,12 @@ def main() -> None:
     seeds = range(HELD_OUT, HELD_OUT + 2 * options.pairs, 2)
     pairs = [(make_scene(seed), make_scene(seed + 1)) for seed in seeds]
     columns: dict[int, dict[str, float]] = {}
+    where = ""
     for size in map(int, options.sizes.split(",")):
         if options.run:
             ask, ask_pair, first_token = run_model(options.run, size), None, None
         else:
-            ask, ask_pair, first_token = package_model(options.model, size, options.quantize)
+            ask, ask_pair, first_token, where = package_model(options.model, size, options.quantize)
         label = f"{size} px"
         score = judge_all(
             with_progress(scenes, label), lambda scene, q, ask=ask: ask(render(scene), q)
@@ -146,10 +153,14 @@ def main() -> None:
             columns[size]["TTFT, ms (median)"] = 1000 * statistics.median(times[1:])
     print(table(columns))
     if options.json:
-        report = {"model": options.run or options.model, "scenes": options.scenes, "sizes": columns}
-        options.json.write_text(
-            json.dumps(report | {"quantize": options.quantize}, indent=2) + "\n"
-        )
+        report = {
+            "model": options.run or options.model,
+            "scenes": options.scenes,
+            "where": where,
+            "sizes": columns,
+            "quantize": options.quantize,
+        }
+        options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

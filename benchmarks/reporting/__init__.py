@@ -1,0 +1,1 @@
+"""Records as a document: numbers -> sections of tables and plots -> Markdown, figures, one page."""

@@ -1,0 +1,122 @@
+"""Numbers, machines and runs in words."""
+
+from collections.abc import Sequence
+
+from ..record import Machine, Record
+from ..summary import Summary
+
+__all__ = [
+    "circumstances",
+    "duration",
+    "gigabytes",
+    "has_fastvithd",
+    "interval",
+    "language_model",
+    "machine_name",
+    "milliseconds",
+    "of_run",
+    "run_names",
+    "visible",
+    "where",
+]
+
+FASTVITHD = 122.7e6
+"""Parameters of the folded encoder, without the head that a VLM never uses."""
+
+LANGUAGE_MODELS = {"Qwen2-0.5B": 0.494e9, "Qwen2-1.5B": 1.544e9, "Qwen2-7B": 7.616e9}
+"""Parameters, embeddings included; Vicuna and others are no language model of a release."""
+
+
+def duration(milliseconds: float) -> str:
+    """Three significant digits: in ms below a second, in s from there."""
+    if milliseconds < 999.5:
+        return f"{milliseconds:.3g} ms"
+    seconds = milliseconds / 1000
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
+
+
+def milliseconds(seconds: float) -> str:
+    """Milliseconds, three significant digits or, above 100, whole."""
+    value = 1000 * seconds
+    decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:,.{decimals}f}"
+
+
+def interval(summary: Summary) -> str:
+    """Milliseconds: the median and its confidence interval."""
+    low, high = milliseconds(summary.low), milliseconds(summary.high)
+    return f"{milliseconds(summary.median)} ({low} to {high})"
+
+
+def gigabytes(size: int) -> str:
+    """GB of 10^9 bytes."""
+    return f"{size / 1e9:.2f}"
+
+
+def visible(text: str) -> str:
+    """On one line; what cannot be printed (or turns the direction of writing) shows as such."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
+def machine_name(machine: Machine) -> str:
+    """Chip, cores and GPU cores, as far as the system told."""
+    parts = [machine.chip or "unknown chip"]
+    if machine.device == "CUDA" and machine.gpu:
+        return f"{machine.gpu}, {parts[0]}"
+    if machine.cores:
+        parts.append(f"{machine.cores} cores")
+    if machine.gpu_cores:
+        parts.append(f"{machine.gpu_cores}-core GPU")
+    return ", ".join(parts)
+
+
+def circumstances(record: Record) -> str:
+    """The line under a figure's title: machine, versions, model, type, date."""
+    what = record.subject
+    dtype = what.dtype if what.bits is None else f"{what.bits} bits, {what.dtype}"
+    return where(record.machine, record.software.mlx, f"{what.model}, {dtype}", record.date)
+
+
+def where(machine: Machine, mlx: str, what: str, date: str) -> str:
+    """Machine, version of MLX, what was measured, and the day of an ISO 8601 date."""
+    return " · ".join((machine_name(machine), f"MLX {mlx} on {machine.device}", what, date[:10]))
+
+
+def has_fastvithd(record: Record) -> bool:
+    """Whether the encoder is the published one, by its size; nano's is not."""
+    return abs(record.subject.parameters.get("vision", 0) / FASTVITHD - 1) < 0.05
+
+
+def language_model(record: Record) -> str | None:
+    """Which of the released language models the run's has the size of; None if none."""
+    count = record.subject.parameters.get("language_model", 0)
+    for name, parameters in LANGUAGE_MODELS.items():
+        if abs(count / parameters - 1) < 0.05:
+            return name
+    return None
+
+
+_HERE = "this machine"
+
+
+def of_run(title: str, name: str) -> str:
+    """A title that names the run, unless there is only one."""
+    return title if name == _HERE else f"{title}: {name}"
+
+
+def run_names(records: Sequence[Record]) -> list[str]:
+    """A short name for each run, as long as it must be to tell them apart."""
+    if len(records) == 1:
+        return [_HERE]
+    candidates = (
+        [r.machine.gpu or r.machine.chip or "unknown chip" for r in records],
+        [r.subject.model for r in records],
+        [machine_name(r.machine) for r in records],
+        [f"{r.subject.model}, {machine_name(r.machine)}" for r in records],
+        [f"{r.subject.model}, {r.subject.dtype}, {r.date[:16]}" for r in records],
+    )
+    for names in candidates:
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({number})" for number, name in enumerate(candidates[3], 1)]
