@@ -147,7 +147,7 @@ def _progress() -> Iterator[Progress | None]:
                     bars.remove_task(task)
                 bars.add_task(what, amount="")
             megabytes = f"{done / 1e6:.0f}/{total / 1e6:.0f} MB"
-            amount = megabytes if what == "writing" else f"{done}/{total}"
+            amount = megabytes if what in ("writing", "checking") else f"{done}/{total}"
             bars.update(bars.task_ids[-1], completed=done, total=total, amount=amount)
 
         yield update

@@ -172,7 +172,7 @@ def _allowed(x: mx.array, how: Quantization, roundoff: float) -> mx.array:
     magnitude = mx.maximum(mx.abs(high), mx.abs(low))
     if how.mode == "affine":
         span = high - low
-        return 1.0001 * span / 2**how.bits + roundoff * (span + 2 * magnitude) + 1e-6
+        return 1.0001 * span / (1 << how.bits) + roundoff * (span + 2 * magnitude) + 1e-6
     if how.mode == "nvfp4":
         return magnitude * (1 / 5 + 1 / 15 + roundoff) + 6 * 2.0**-10
     return magnitude * ((1 / 5 if how.bits == 4 else 1 / 17) + 1e-4 + roundoff) + 1e-30

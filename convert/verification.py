@@ -52,7 +52,7 @@ class Thresholds:
     """Relative error of the tower's features."""
     kl: float
     """Mean KL divergence of the next-token distributions, in nats; or, if `relative`, as a share of
-    the divergence between the source's own distributions at different positions."""
+    what unrelated answers would have."""
     relative: bool = False
 
     @classmethod
@@ -93,7 +93,7 @@ class Verification:
     kl_mean: float
     kl_max: float
     kl_unrelated: float
-    """Of the source against itself one position on: what answers that share nothing give."""
+    """Of the source's distributions moved to other tokens: as sure, and of something else."""
     top1_agreement: float
     tokens_until_divergence: list[int]
     """Per sample: tokens of the greedy answer that agree from its beginning; empty if none was
@@ -226,10 +226,12 @@ def verify(expected: Observed, found: Observed, thresholds: Thresholds) -> Verif
 
 
 def _unrelated(logits: Sequence[mx.array]) -> float:
-    """Mean KL divergence between each position's distribution and the one before it."""
-    rows = mx.concatenate(list(logits))
-    previous = mx.concatenate([rows[-1:], rows[:-1]])
-    values = _numbers(kl_divergence(rows, previous))
+    """Mean KL divergence from distributions of the same shape over other tokens."""
+    values: list[float] = []
+    for rows in logits:
+        half = rows.shape[-1] // 2
+        other = mx.concatenate([rows[:, half:], rows[:, :half]], axis=-1)
+        values += _numbers(kl_divergence(rows, other))
     return sum(values) / len(values)
 
 
