@@ -3,7 +3,8 @@
     python -m fastvlm_mlx.convert.compare nano
     python -m fastvlm_mlx.convert.compare DIR --recipes uniform:4,auto:4.5,mixed:3 --samples 4
 
-A recipe is NAME:NUMBER: uniform and mixed take bits, auto takes bits per weight.
+A recipe is NAME:NUMBER, where uniform and mixed take bits and auto takes bits per weight; a second
+number is the group size.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def _row(source: str, recipe: str, samples: int, seed: int) -> str:
     until, tokens = found["tokens_until_divergence"], found["answer_tokens"]
     accuracy = found["accuracy"]
     cells = (
-        recipe.replace(":", " "),
+        recipe.replace(":", " ", 1).replace(":", ", groups of "),
         f"{report['bits_per_weight']:.2f}",
         f"{found['kl_mean']:.4f}",
         f"{found['kl_max']:.3f}",
@@ -73,15 +74,16 @@ def _row(source: str, recipe: str, samples: int, seed: int) -> str:
 
 
 def _options(recipe: str) -> dict[str, Any]:
-    name, _, number = recipe.partition(":")
+    name, number, group = (*recipe.split(":"), "", "")[:3]
     try:
+        size = int(group) if group else None
         if name == "auto":
-            return {"recipe": name, "target_bits": float(number)}
+            return {"recipe": name, "target_bits": float(number), "group_size": size}
         if name in ("uniform", "mixed"):
-            return {"recipe": name, "bits": int(number)}
+            return {"recipe": name, "bits": int(number), "group_size": size}
     except ValueError:
         pass
-    raise OptionError(f"recipe is {recipe!r}; expected uniform:4, mixed:4 or auto:4.5.")
+    raise OptionError(f"recipe is {recipe!r}; expected such as uniform:4, mixed:4:32 or auto:4.5.")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.quantized import Quantization
+from fastvlm_mlx.convert import compare
 from fastvlm_mlx.convert.allocation import allocate
 from fastvlm_mlx.convert.conversion import Conversion, Options, convert_checkpoint
 from fastvlm_mlx.convert.recipes import Packing, mixed, packing, read_recipe, uniform
@@ -134,3 +135,19 @@ def test_auto_beats_uniform_at_the_same_size_and_repeats_itself(tiny: Path, tmp_
     assert kl[0] < kl[1]
     with pytest.raises(fv.OptionError, match=r"target_bits 2\.1 is too little"):
         convert("little", recipe="auto", target_bits=2.1, verify=False)
+
+
+def test_recipes_side_by_side(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", str(tiny), "--recipes", "uniform:4,mixed:3:32", "--samples", "1"]
+    monkeypatch.setattr("sys.argv", arguments)
+    compare.main()
+    head, _, first, second = capsys.readouterr().out.splitlines()
+    assert head.startswith("| recipe | bits per weight | KL, mean")
+    assert first.startswith("| uniform 4 | 4.50 |")
+    assert second.startswith("| mixed 3, groups of 32 | ")
+    for wrong in ("best:4", "uniform:x", "auto"):
+        monkeypatch.setattr("sys.argv", ["compare", str(tiny), "--recipes", wrong])
+        with pytest.raises(SystemExit, match="expected such as uniform:4"):
+            compare.main()
