@@ -147,7 +147,7 @@ def observe(
 ) -> Observed:
     """Run a checkpoint on the samples; `answers` are read instead of given, if there are any."""
     side = min(side, VERIFY_SIDE)
-    vlm = fv.load(folder, image_size=side)
+    vlm = fv.load(folder, image_size=side, feature_cache=None)
     scales = vlm.config.vision.residual_scales
     encoded: dict[int, fv.EncodedImage] = {}
     maps: list[dict[str, mx.array]] = []
