@@ -1,12 +1,26 @@
 """`fastvlm bench`: how fast this machine is."""
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastvlm_mlx.cli.options import prepare_mlx, spread
+
+from .options import EffortOptions, SubjectOptions
 from .reporting.command import report
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
+
+_MEASURED = {
+    "encoder": "Latency of the encoder, by input size.",
+    "ttft": "Time to first token by input size: felt, part by part, and as the paper defines it.",
+    "decode": "Tokens per second after a prompt of --context positions.",
+    "memory": "Peak memory by input size.",
+    "all": "All of these, and the start of a new process.",
+}
 
 
 @app.callback()
@@ -14,23 +28,30 @@ def _root() -> None:
     """Measure encoder latency and time to first token on this machine."""
 
 
-@app.command()
-def ttft(
-    model: Annotated[str, typer.Option("--model", "-m", help="As for `fastvlm caption`.")] = "nano",
-    image: Annotated[
-        str | None, typer.Option(help="A picture; a generated one by default.")
-    ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Measured runs, after two warm-up runs.")] = 10,
-    image_size: Annotated[int | None, typer.Option(help="Input side, a multiple of 64.")] = None,
-) -> None:
-    """Time to first token, part by part: medians over repeated runs in one process."""
-    from fastvlm_mlx.blas import load_openblas
+def _command(name: str) -> Callable[..., None]:
+    def measure(subject: SubjectOptions, effort: EffortOptions) -> None:
+        prepare_mlx()
+        from .running import KINDS
+        from .session import run_session
 
-    load_openblas()
-    from .latency import measure_ttft
+        sizes, kinds = effort.chosen_sizes(), KINDS if name == "all" else (name,)
+        finished = run_session(
+            subject.choice(), kinds, sizes, effort.effort(), effort.context, effort.json, _typed()
+        )
+        if not finished:
+            raise typer.Exit(1)
 
-    for name, (median, low, high) in measure_ttft(model, image, repeat, image_size).items():
-        print(f"{name:<12} {median:9.1f} ms   ({low:.1f} to {high:.1f})")
+    return spread(measure)
+
+
+for _name, _help in _MEASURED.items():
+    app.command(_name, help=_help)(_command(_name))
+
+
+def _typed() -> list[str]:
+    """The command as it was given, from "bench" on."""
+    words = sys.argv[1:]
+    return words[words.index("bench") :] if "bench" in words else words
 
 
 @app.command()
@@ -39,6 +60,7 @@ def count(
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
 ) -> None:
     """Kernel launches, bytes and FLOPs of one FastViTHD encode on Metal, counted from the graph."""
+    prepare_mlx()
     from fastvlm_mlx.config import VisionConfig, check_side
     from fastvlm_mlx.errors import OptionError
     from fastvlm_mlx.vision import FastViTHD
@@ -53,6 +75,20 @@ def count(
     for name, cost in [*costs.items(), ("total", total(costs.values()))]:
         launches, moved, work = len(cost.launches), cost.bytes / 1e9, cost.flops / 1e9
         print(f"{name:<8} {launches:>8} {moved:>7.3f} {work:>8.1f}")
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="A record, from --json.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="The record to hold against it.")],
+) -> None:
+    """Which medians of record B differ from record A by more than noise."""
+    prepare_mlx()
+    from .comparison import compare_records
+    from .record import read_record
+    from .tables import comparison_lines
+
+    print(*comparison_lines(compare_records(read_record(before), read_record(after))), sep="\n")
 
 
 app.command()(report)

@@ -4,6 +4,7 @@ Times are seconds and sizes are bytes. Summaries are written beside the times fo
 file; reading makes them anew from the times.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -218,7 +219,8 @@ def write_record(record: Record, path: Path) -> None:
         partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise BenchmarkError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 

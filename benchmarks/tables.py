@@ -1,0 +1,222 @@
+"""Results for a person to read: rows of text, live on a terminal, plain lines in a pipe."""
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from .comparison import Change, Comparison
+from .record import OURS, Machine, Measurement, Skipped, Software, Subject
+from .running import Step
+from .summary import Summary
+
+__all__ = [
+    "COLUMNS",
+    "Report",
+    "Row",
+    "comparison_lines",
+    "heading",
+    "milliseconds",
+    "plain_line",
+    "rows",
+    "skipped_row",
+]
+
+Row = tuple[str, ...]
+COLUMNS: Row = (
+    "measured",
+    "input",
+    "tokens",
+    "median",
+    "95% interval",
+    "p10 to p90",
+    "peak memory",
+)
+
+_PARTS = {
+    "load_image": "  load image",
+    "preprocess": "  preprocess",
+    "encode": "  encode",
+    "prefill": "  prefill",
+    "first_token": "  first token",
+    "tower": "  encoder",
+    "visual_prefill": "  prefill of image tokens",
+    "exit": "  until the process ends",
+}
+_TITLES = {
+    "encoder": "encoder",
+    "ttft": "TTFT, felt",
+    "decode": "decode, per token",
+    "memory": "memory",
+    "cold_start": "cold start to first text",
+}
+
+
+def milliseconds(seconds: float) -> str:
+    """Three or four digits: "0.123 ms", "12.3 ms", "1234 ms"."""
+    value = 1000 * seconds
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 1000 else 0
+    return f"{value:.{digits}f} ms"
+
+
+def heading(machine: Machine, software: Software, subject: Subject) -> list[str]:
+    """Two lines: what is measured, and on what."""
+    cores = f"{machine.gpu_cores}-core GPU" if machine.gpu_cores else f"{machine.cores} cores"
+    memory = f"{machine.memory / 2**30:.0f} GiB" if machine.memory else "memory unknown"
+    blas = f", {software.blas}" if software.blas else ""
+    bits = f", {subject.bits} bits" if subject.bits else ""
+    dtype = subject.dtype if subject.dtype == subject.vision_dtype else (
+        f"{subject.vision_dtype} encoder, {subject.dtype} language model"
+    )  # fmt: skip
+    millions = sum(subject.parameters.values()) / 1e6
+    return [
+        f"{subject.model}, {millions:.1f} M parameters, {dtype}{bits}",
+        f"{machine.gpu or machine.chip or 'unknown chip'}, {cores}, {memory}, {machine.system}; "
+        f"MLX {software.mlx} on {machine.device}{blas}",
+    ]
+
+
+def rows(measurement: Measurement) -> list[Row]:
+    """One row per part, the headline first; a note for what has to be said."""
+    m = measurement
+    found: list[Row] = []
+    size = f"{m.image_size}" if m.image_size else ""
+    tokens = str(m.prompt_tokens or m.image_tokens or "")
+    peak = f"{m.peak_memory / 1e9:.2f} GB" if m.peak_memory else ""
+    title = _TITLES.get(m.kind, m.kind)
+    if m.implementation != OURS:
+        title = f"{title}, {m.implementation}"
+    summaries = m.summaries
+    if m.headline is None:
+        return [(title, size, tokens, "", "", "", peak)]
+    found.append((title, size, tokens, *_figures(summaries[m.headline]), peak))
+    order = [part for part in _PARTS if part in summaries and part != m.headline]
+    if "paper" in summaries:
+        felt = [part for part in order if part not in ("tower", "visual_prefill")]
+        found += [(_PARTS[p], "", "", *_figures(summaries[p]), "") for p in felt]
+        images = str(m.image_tokens or "")
+        found.append(("TTFT, paper's", size, images, *_figures(summaries["paper"]), ""))
+        order = [part for part in order if part not in felt]
+    found += [(_PARTS[p], "", "", *_figures(summaries[p]), "") for p in order]
+    if m.kind == "decode":
+        rate = f"{1 / summaries['token'].median:.1f} tokens/s"
+        found.append(("  throughput", "", "", rate, "", "", ""))
+    drift = m.drift
+    if drift is not None and drift.flagged:
+        change = f"{100 * drift.change:+.0f}%"
+        found.append((f"  drift: last third {change} against the first", "", "", "", "", "", ""))
+    found += [(f"  {note}", "", "", "", "", "", "") for note in m.notes]
+    return found
+
+
+def _figures(s: Summary) -> tuple[str, str, str]:
+    unit = milliseconds(s.median)
+    low, high = milliseconds(s.low)[:-3], milliseconds(s.high)[:-3]
+    interval = f"{low} to {high}" if s.coverage >= 0.95 else f"({low} to {high})"
+    return unit, interval, f"{milliseconds(s.p10)[:-3]} to {milliseconds(s.p90)[:-3]}"
+
+
+def skipped_row(skipped: Skipped) -> Row:
+    """A row that says why there is none."""
+    size = f"{skipped.image_size}" if skipped.image_size else ""
+    title = _TITLES.get(skipped.kind, skipped.kind)
+    return (f"{title}: {skipped.reason}", size, "", "", "", "", "")
+
+
+_WIDTHS = (26, 5, 6, 11, 18, 18, 11)
+
+
+def plain_line(row: Row) -> str:
+    """A row as a line of text; a long first cell (a reason) takes the whole line."""
+    name, *cells = row
+    if not any(cells[2:]):
+        return f"{name}{f' (input {cells[0]})' if cells[0] else ''}" if not cells[-1] else name
+    padded = [f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS[1:], strict=True)]
+    return f"{name:<{_WIDTHS[0]}} {' '.join(padded)}".rstrip()
+
+
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """Differences of the setting first, then a table, then what could not be compared."""
+    lines = [f"different {difference}" for difference in comparison.differences]
+    width = max((len(_change_name(c)) for c in comparison.changes), default=0)
+    for change in comparison.changes:
+        interval = f"{change.low:.3f} to {change.high:.3f}"
+        lines.append(
+            f"{_change_name(change):<{width}}  {milliseconds(change.before):>11} "
+            f"{milliseconds(change.after):>11}  x {change.ratio:.3f} ({interval})  "
+            f"{change.verdict}{f', p {change.p:.2g}' if change.verdict != 'no difference' else ''}"
+        )
+    lines += comparison.unmatched
+    if comparison.too_few:
+        lines.append("Some have too few repeats to show any difference; six or more are needed.")
+    if not comparison.changes:
+        lines.append("Nothing was measured in both records.")
+    elif all(c.verdict == "no difference" for c in comparison.changes):
+        lines.append("No difference.")
+    return lines
+
+
+def _change_name(change: Change) -> str:
+    title = "TTFT, paper's" if change.part == "paper" else _TITLES.get(change.kind, change.kind)
+    other = f", {change.implementation}" if change.implementation != OURS else ""
+    at = f" {change.image_size}" if change.image_size else ""
+    return f"{title}{other}{at}"
+
+
+class Report:
+    """Shows rows as they are measured: a live table on a terminal, lines in a pipe."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self._heading, self._rows, self._status = lines, list[Row](), ""
+        self._live: Any = None
+
+    def __enter__(self) -> "Report":
+        if not sys.stdout.isatty():
+            print(*self._heading, "", plain_line(COLUMNS), sep="\n", flush=True)
+            return self
+        from rich.live import Live
+
+        self._live = Live(self._picture(), auto_refresh=False, vertical_overflow="visible")
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._status = "interrupted" if kind is KeyboardInterrupt else ""
+            self._live.update(self._picture(), refresh=True)
+            self._live.stop()
+
+    def watch(self, step: Step, done: int, runs: int) -> None:
+        """Show what is being measured."""
+        if self._live is not None:
+            size = f" at {step.image_size}" if step.image_size else ""
+            name = _TITLES.get(step.kind, step.kind)
+            self._status = f"measuring {name}{size}: run {done} of {runs}" if runs > 1 else name
+            self._live.update(self._picture(), refresh=True)
+
+    def add(self, result: Measurement | Skipped) -> None:
+        """Show a result."""
+        new = rows(result) if isinstance(result, Measurement) else [skipped_row(result)]
+        self._rows += new
+        if self._live is None:
+            print(*map(plain_line, new), sep="\n", flush=True)
+        else:
+            self._live.update(self._picture(), refresh=True)
+
+    def _picture(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for number, column in enumerate(COLUMNS):
+            table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+        for row in self._rows:
+            inner = row[0].startswith("  ")
+            table.add_row(*row, style="dim" if inner else "")
+        status = [Text(self._status, style="cyan")] if self._status else []
+        return Group(*(Text(line) for line in self._heading), Text(""), table, *status)
