@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         HubError,
         ImageError,
         OptionError,
+        OutputError,
         PromptError,
         SavedFileError,
         UnsupportedCheckpoint,
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from .features import EncodedImage, FeatureCache
     from .generation import Answer, Chunk, Options, Stream, Timings
     from .images import PreprocessedImage
-    from .prompt import IMAGE
+    from .many import Record
+    from .prompt import IMAGE, STYLES
     from .vlm import FastVLM, load
 
 _HOME = {
@@ -45,6 +47,9 @@ _HOME = {
     "ImageError": "errors",
     "OptionError": "errors",
     "Options": "generation",
+    "OutputError": "errors",
+    "Record": "many",
+    "STYLES": "prompt",
     "PreprocessedImage": "images",
     "PromptError": "errors",
     "SavedFileError": "errors",
@@ -68,6 +73,9 @@ __all__ = [
     "ImageError",
     "OptionError",
     "Options",
+    "OutputError",
+    "Record",
+    "STYLES",
     "PreprocessedImage",
     "PromptError",
     "SavedFileError",

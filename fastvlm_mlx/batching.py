@@ -14,12 +14,13 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from .features import EncodedImage, FeatureCache, pixel_digest
 from .generation import Answer, Options, TextStream, Timings, token_sampler
-from .images import to_pixels
+from .images import PreprocessedImage, to_pixels
 from .model import Network, mlx_lm_module
 from .tokenizer import Tokenizer
 
-__all__ = ["Prompt", "encode_pictures", "generate_batch", "left_padded"]
+__all__ = ["Prompt", "encode_images", "encode_pictures", "generate_batch", "left_padded"]
 
 # Pictures are encoded together up to this many pixels: four of 1024 x 1024 keep a GPU busy, and
 # more would cost memory that the language model's batch does not.
@@ -61,6 +62,33 @@ def encode_pictures(
             tokens.update(zip(part, encoded, strict=True))
     in_order = (tokens[n] for n in range(len(crops)))
     return [mx.concatenate([next(in_order) for _ in picture]) for picture in pictures]
+
+
+def encode_images(
+    encode: Callable[[mx.array], mx.array],
+    images: Sequence[PreprocessedImage | EncodedImage],
+    cache: FeatureCache | None,
+    model: str,
+) -> list[EncodedImage]:
+    """Every picture encoded: as it was given, as `cache` remembers it, or now, all together."""
+    found: dict[int, EncodedImage] = {}
+    waiting: dict[int, tuple[PreprocessedImage, str | None]] = {}
+    for n, image in enumerate(images):
+        if isinstance(image, EncodedImage):
+            found[n] = image
+            continue
+        digest = pixel_digest(image.crops) if cache else None
+        known = cache.get(model, digest) if cache and digest else None
+        if known:
+            found[n] = known
+        else:
+            waiting[n] = image, digest
+    tokens = encode_pictures(encode, [image.crops for image, _ in waiting.values()])
+    for (n, (_, digest)), own in zip(waiting.items(), tokens, strict=True):
+        found[n] = EncodedImage(own, model, digest)
+        if cache:
+            cache.put(found[n])
+    return [found[n] for n in range(len(images))]
 
 
 def left_padded(network: Network, prompts: Sequence[Prompt]) -> tuple[mx.array, list[Any]]:

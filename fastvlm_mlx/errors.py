@@ -8,6 +8,7 @@
     │   └── UnsupportedCheckpoint   recognised, but not something this library runs
     ├── SavedFileError     a saved conversation or encoded picture: damaged, of another model
     ├── HubError           the Hugging Face Hub could not give us the files
+    ├── OutputError        a file that cannot be written, or would be lost by writing
     └── BenchmarkError     a measurement that cannot be made, or a result file that cannot be read
 
 A message says what was got, what was expected, and what to do. The command line prints it
@@ -21,6 +22,7 @@ __all__ = [
     "HubError",
     "ImageError",
     "OptionError",
+    "OutputError",
     "PromptError",
     "SavedFileError",
     "UnsupportedCheckpoint",
@@ -57,6 +59,10 @@ class SavedFileError(FastVLMError):
 
 class HubError(FastVLMError):
     """The Hugging Face Hub is unreachable or does not have the files."""
+
+
+class OutputError(FastVLMError):
+    """A file cannot be written, or writing it would destroy what is there."""
 
 
 class BenchmarkError(FastVLMError):

@@ -71,7 +71,9 @@ def _in_memory(data: bytes, name: str) -> tuple[BinaryIO, str]:
 
 def _open_file(name: str, stack: contextlib.ExitStack) -> tuple[BinaryIO, str]:
     try:
-        stream = stack.enter_context(Path(name).expanduser().open("rb"))
+        # pathlib's expanduser raises for a file whose name begins with ~.
+        path = Path(os.path.expanduser(name))  # noqa: PTH111
+        stream = stack.enter_context(path.open("rb"))
         status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):  # a pipe cannot seek, and a device may never end
             return _in_memory(stream.read(_MAX_DOWNLOAD), name)

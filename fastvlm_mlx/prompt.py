@@ -9,11 +9,19 @@ from collections.abc import Sequence
 from .errors import PromptError
 from .tokenizer import Tokenizer
 
-__all__ = ["IMAGE", "IMAGE_TEXT", "SYSTEM", "USER", "expand", "prompt_ids", "turn_ids"]
+__all__ = ["IMAGE", "IMAGE_TEXT", "STYLES", "SYSTEM", "USER", "expand", "prompt_ids", "turn_ids"]
 
 IMAGE = -200
 """Stands for a picture in a list of token ids (LLaVA's IMAGE_TOKEN_INDEX); never embedded."""
 IMAGE_TEXT = "<image>"
+STYLES = {
+    "short": "Describe the image in one short sentence.",
+    "detailed": "Describe the image in detail.",
+    "alt": "Write alt text for the image: one sentence for people who cannot see it.",
+    "tags": "List the keywords for this image, separated by commas.",
+    "ocr": "What text is in the image?",
+}
+"""Prompts for common kinds of caption, by name."""
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 USER = "<|im_start|>user\n"
 _ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"

@@ -3,12 +3,12 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 
-from .batching import Prompt, encode_pictures, generate_batch
+from .batching import Prompt, encode_images, generate_batch
 from .chat import Chat
 from .checkpoint.loading import LoadedCheckpoint, load_checkpoint
 from .checkpoint.quantized import quantize_linears
@@ -25,6 +25,7 @@ from .features import (
 )
 from .generation import Answer, Clock, Options, Prefix, Stream, Timings, generate, make_options
 from .images import Fit, ImageSource, PreprocessedImage, load_image, to_pixels
+from .many import Job, Known, Record
 from .prompt import SYSTEM, USER, expand, prompt_ids
 from .tiling import Grid, ImageSize, automatic_size, check_grid, check_image_size, fit_tiles
 from .tokenizer import Tokenizer
@@ -196,6 +197,33 @@ class FastVLM:
             ids[done:], encoded, cache, chosen, timings, lambda: self._prefix.learn(ids, cache)
         )
 
+    def caption_many(
+        self,
+        images: "Iterable[Image]",
+        prompt: str = DEFAULT_PROMPT,
+        *,
+        batch: int = 4,
+        workers: int | None = None,
+        dedupe: bool = False,
+        known: Mapping[str, Known] | None = None,
+        **options: Any,
+    ) -> Generator[Record, None, None]:
+        """Describe any number of pictures: one record for each, in order, as they are ready.
+
+        A picture that fails is a record with `error`; OptionError and PromptError are raised at
+        once. `images` is read only as far as needed, and closing the iterator ends its threads.
+
+        Args:
+            images: any iterable; at most 3 * `batch` + `workers` pictures are in memory.
+            prompt: the same for all; `STYLES` has some.
+            batch: how many are answered together. Greedy captions do not depend on it.
+            workers: threads that decode the next pictures; by default up to four.
+            dedupe: ask only once about files (or bytes) with the same content.
+            known: for `dedupe`, answers from before, by sha256.
+            options: the fields of `Options`.
+        """
+        return Job(self, prompt, options, dedupe, known).run(images, batch, workers)
+
     def chat(self, *images: Image) -> Chat:
         """Begin a conversation about pictures; each is encoded once, the KV cache is kept."""
         return Chat(self, images)
@@ -212,14 +240,14 @@ class FastVLM:
         if len(asked) < 2:
             return [self.ask(*request, **options) for request in asked]
         unexpanded = [self.prompt_ids(question, len(images)) for images, question in asked]
-        rows = [[self._before_encoder(image) for image in images] for images, _ in asked]
+        rows = [[self.before_encoder(image) for image in images] for images, _ in asked]
         started = time.perf_counter()
-        waiting = [i.crops for row in rows for i in row if isinstance(i, PreprocessedImage)]
-        encoded = iter(encode_pictures(self._encode_pixels, waiting))
+        flat, cache = [image for row in rows for image in row], self.feature_cache
+        encoded = iter(encode_images(self._encode_pixels, flat, cache, self.fingerprint))
         seconds = time.perf_counter() - started
         prompts = []
         for prompt, row in zip(unexpanded, rows, strict=True):
-            own = [i.tokens if isinstance(i, EncodedImage) else next(encoded) for i in row]
+            own = [next(encoded).tokens for _ in row]
             ids = expand(prompt, [tokens.shape[0] for tokens in own])
             fitted = [i for i in row if isinstance(i, PreprocessedImage)]
             timings = Timings(
@@ -251,6 +279,12 @@ class FastVLM:
             size = automatic_size(*picture.size, self.config.vision.image_size, self.fit, grid)
         crops = fit_tiles(picture, size, self.fit, grid)
         return PreprocessedImage(tuple(crops), loaded - started, time.perf_counter() - loaded)
+
+    def before_encoder(self, image: Image) -> PreprocessedImage | EncodedImage:
+        """The picture preprocessed, or as it is if it was encoded already."""
+        if isinstance(image, EncodedImage):
+            return self._checked(image)
+        return image if isinstance(image, PreprocessedImage) else self.preprocess(image)
 
     def encode(
         self,
@@ -315,9 +349,9 @@ class FastVLM:
 
     def _encoded(self, image: Image, clock: Clock) -> EncodedImage:
         """A picture's tokens: as given, remembered, or queued for the device but not awaited."""
-        if isinstance(image, EncodedImage):
-            return self._checked(image)
-        fitted = self._preprocessed(image)
+        fitted = self.before_encoder(image)
+        if isinstance(fitted, EncodedImage):
+            return fitted
         clock.took(load_image=fitted.load_image, preprocess=fitted.preprocess)
         cache = self.feature_cache
         digest = pixel_digest(fitted.crops) if cache else None
@@ -332,14 +366,6 @@ class FastVLM:
             cache.put(encoded)
         clock.lap("encode")
         return encoded
-
-    def _preprocessed(self, image: "ImageSource | PreprocessedImage") -> PreprocessedImage:
-        return image if isinstance(image, PreprocessedImage) else self.preprocess(image)
-
-    def _before_encoder(self, image: Image) -> PreprocessedImage | EncodedImage:
-        return (
-            self._checked(image) if isinstance(image, EncodedImage) else self._preprocessed(image)
-        )
 
     def _encode(self, image: PreprocessedImage) -> mx.array:
         tokens = self._encode_pixels(to_pixels(image.crops))

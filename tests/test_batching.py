@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -215,3 +216,20 @@ def test_misspelt_options_and_slots_are_told_before_anything_runs(vlm: fv.FastVL
     with pytest.raises(fv.PromptError, match="1 <image> but 0"):
         vlm.ask_batch([((), "a"), ((), "<image>?")])
     assert vlm.ask_batch([]) == []
+
+
+def test_the_feature_cache_serves_batches(tiny: Path, picture: np.ndarray) -> None:
+    vlm = fv.load(tiny)
+    runs: list[int] = []
+    encode = vlm._encode_pixels
+
+    def counted(pixels: mx.array) -> mx.array:
+        runs.append(pixels.shape[0])
+        return encode(pixels)
+
+    vlm._encode_pixels = counted
+    requests = [(picture, "What?"), (picture[::-1], "What?"), ((), "Hm")]
+    first = vlm.ask_batch(requests, max_tokens=3)
+    again = vlm.ask_batch([*requests, (picture[:, ::-1], "What?")], max_tokens=3)
+    assert runs == [2, 1]
+    assert [a.tokens for a in again[:3]] == [a.tokens for a in first]

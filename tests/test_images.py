@@ -793,3 +793,11 @@ def test_hosts_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "user name" in refusal("https://me:secret@host.example/a.png")
     for url in ("http://", "http://host:port/", "http://[::1/", "http://host:99999/a"):
         assert "is not a usable address" in refusal(url)
+
+
+def test_a_file_whose_name_begins_with_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (3, 2)).save("~0.png")
+    assert load_image("~0.png").size == (3, 2)

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import FastVLMError, OptionError
-from .options import AnswerOptions, ModelOptions, PrintOptions, spread
-from .output import print_json, print_stats, print_stream, say
+from ..errors import OptionError
+from ..listing import find_pictures
+from .many import ManyOptions, caption_each
+from .options import AnswerOptions, ModelOptions, PrintOptions, prepare_mlx, spread
+from .output import print_json, print_stats, print_stream
 
 if TYPE_CHECKING:
     from ..vlm import FastVLM
@@ -18,29 +20,35 @@ __all__ = ["ask", "caption"]
 @spread
 def caption(
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Files or URLs; - reads stdin.")
+        list[str],
+        typer.Argument(metavar="IMAGE", help="Files, folders, 'patterns*' or URLs; - is stdin."),
     ],
     *,
-    prompt: Annotated[str, typer.Option("--prompt", "-p")] = "Describe the image.",
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", show_default="Describe the image.")
+    ] = None,
+    style: Annotated[
+        str | None, typer.Option("--style", help="A prompt: short, detailed, alt, tags or ocr.")
+    ] = None,
+    many: ManyOptions,
     model: ModelOptions,
     answering: AnswerOptions,
     printing: PrintOptions,
 ) -> None:
-    """Describe each picture. One that fails does not stop the rest."""
+    """Describe each picture. One that fails does not stop the rest.
+
+    A single picture is described as the words come. Of several, each line is one picture, or
+    --out and --sidecar write files; whatever ends such a run, --resume continues it.
+    """
+    question = _question(prompt, style)
     options = answering.checked()
-    vlm = model.load()
-    failed = False
-    for image in images:
-        try:
-            label = f"{image}: " if len(images) > 1 else ""
-            _answer(vlm, [image], prompt, options, printing, label)
-        except FastVLMError as error:
-            if len(images) == 1:
-                raise
-            failed = True
-            say(f"{image}: {error}")
-    if failed:
-        raise typer.Exit(1)
+    pictures = find_pictures(images, recursive=many.recursive)
+    many.check(pictures, printing.as_json)
+    if pictures == images and len(images) == 1 and not many.keeps:
+        _answer(model.load(), images, question, options, printing)
+        return
+    summary = many.keeps or pictures != images
+    caption_each(pictures, question, many, model, options, printing, summary=summary)
 
 
 @spread
@@ -63,13 +71,26 @@ def ask(
     _answer(model.load(), images, question, options, printing)
 
 
+def _question(prompt: str | None, style: str | None) -> str:
+    prepare_mlx()
+    from ..prompt import STYLES
+    from ..vlm import DEFAULT_PROMPT
+
+    if style is None:
+        return DEFAULT_PROMPT if prompt is None else prompt
+    if prompt is not None:
+        raise OptionError("--style is a prompt; give --style or --prompt.")
+    if style not in STYLES:
+        raise OptionError(f"style is {style!r}; expected one of {', '.join(STYLES)}.")
+    return STYLES[style]
+
+
 def _answer(
     vlm: "FastVLM",
     images: list[str],
     question: str,
     options: dict[str, Any],
     printing: PrintOptions,
-    label: str = "",
 ) -> None:
     """Run one request; print the answer as it comes, or as one JSON document."""
     sources: list[Any] = [sys.stdin.buffer.read() if image == "-" else image for image in images]
@@ -77,6 +98,6 @@ def _answer(
     if printing.as_json:
         print_json(images, stream.finish())
     else:
-        print_stream(stream, label)
+        print_stream(stream)
     if printing.stats:
         print_stats(stream.answer)

@@ -19,9 +19,8 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def print_stream(stream: "Stream", label: str) -> None:
-    """The answer while it is produced, after `label`, on a line of its own."""
-    sys.stdout.write(label)
+def print_stream(stream: "Stream") -> None:
+    """The answer while it is produced, on a line of its own."""
     try:
         for chunk in stream:
             sys.stdout.write(chunk.text)
@@ -34,16 +33,10 @@ def print_stream(stream: "Stream", label: str) -> None:
 
 def print_json(images: list[str], answer: "Answer") -> None:
     """One finished answer as a JSON document on one line."""
-    record = {
-        "image": images[0] if len(images) == 1 else images,
-        "text": answer.text,
-        "tokens": len(answer.tokens),
-        "prompt_tokens": answer.prompt_tokens,
-        "finish_reason": answer.finish_reason,
-        "ttft": round(answer.ttft, 6),
-        "timings": {name: round(s, 6) for name, s in asdict(answer.timings).items()},
-    }
-    print(json.dumps(record, ensure_ascii=False), flush=True)
+    from ..records import answer_fields
+
+    named = {"image": images[0] if len(images) == 1 else images}
+    print(json.dumps(named | answer_fields(answer), ensure_ascii=False), flush=True)
 
 
 def print_stats(answer: "Answer") -> None:
