@@ -9,6 +9,7 @@ import typer
 
 from fastvlm_mlx.cli.options import prepare_mlx, spread
 
+from .claims_command import claims, roofline
 from .options import EffortOptions, SubjectOptions
 from .reporting.command import report
 
@@ -91,4 +92,5 @@ def compare(
     print(*comparison_lines(compare_records(read_record(before), read_record(after))), sep="\n")
 
 
-app.command()(report)
+for _own in (claims, roofline, report):
+    app.command()(_own)
