@@ -44,7 +44,7 @@ def run_session(
 def new_record(command: Sequence[str], subject: Subject | None) -> Record:
     """A record without measurements, of now and here."""
     return Record(
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=public_command(command),
         machine=this_machine(),
         conditions=conditions_now(),
