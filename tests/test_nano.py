@@ -25,9 +25,9 @@ def _judge(vlm: fv.FastVLM, scenes: list[Scene]) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("bits", "floors"),
     [
-        (None, {"object statements": 0.95, "text": 0.70, "questions": 0.70}),
-        (8, {"object statements": 0.95, "text": 0.70, "questions": 0.70}),
-        (4, {"object statements": 0.94, "text": 0.66}),
+        (None, {"object statements": 0.96, "text": 0.80, "questions": 0.94}),
+        (8, {"object statements": 0.96, "text": 0.80, "questions": 0.94}),
+        (4, {"object statements": 0.95, "text": 0.78, "questions": 0.93}),
     ],
 )
 def test_accuracy_on_held_out_scenes(bits: int | None, floors: dict[str, float]) -> None:

@@ -23,6 +23,7 @@ T = TypeVar("T")
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_LETTERS = 5
 MOST_THINGS = 4
+PAIR_QUESTIONS = 3  # in a row about two pictures
 
 
 def to_square(image: Image.Image, size: int) -> np.ndarray:
@@ -73,9 +74,9 @@ class Batches(Dataset[dict[str, Tensor]]):
             dialogue = rng.random() < s.dialogue_share
             rows.append(pack(self.tokenizer, slots, self._ask(scene, phase, rng), 1, dialogue))
             pictures.append((i, -1))
-        for _ in range(round(count * s.pair_share)):
+        for _ in range(round(count * phase.pair_share)):
             a, b = (int(i) for i in rng.choice(count, 2, replace=False))
-            asked = [pair_exchange(scenes[a], scenes[b], rng)]
+            asked = [pair_exchange(scenes[a], scenes[b], rng) for _ in range(PAIR_QUESTIONS)]
             rows.append(pack(self.tokenizer, slots, asked, 2))
             pictures.append((a, b))
         batch = {"images": torch.from_numpy(images), **pad(rows), **_truth(scenes)}

@@ -45,7 +45,8 @@ def package_model(
 
     def ask(image: Image.Image, questions: Sequence[str]) -> list[str]:
         encoded = vlm.encode(image)
-        return [vlm.ask(encoded, q, max_tokens=MOST_TOKENS).text for q in questions]
+        answers = vlm.ask_batch([(encoded, q) for q in questions], max_tokens=MOST_TOKENS)
+        return [answer.text for answer in answers]
 
     def ask_pair(images: tuple[Image.Image, Image.Image], question: str) -> str:
         return vlm.ask(images, question, max_tokens=MOST_TOKENS).text
