@@ -91,6 +91,7 @@ def convert_checkpoint(
             }
             report["peak_memory_gb"] = round(_peak_memory() / 1e9, 2)
             licence = licence_of(folder)
+            report["licence"] = str(licence)
             _describe(temporary, report, licence)
             failures = verification.get("failures", [])
             if failures and not options.keep_failed:
@@ -116,6 +117,7 @@ class _Run:
     progress: Progress
 
     def write(self, temporary: Path, recipe: Recipe, plan: Plan) -> dict[str, float]:
+        self.progress("looking at the tower", 0, 1)
         with small_cache():
             contents, values = plan.layout.values()
         metadata = {**plan.layout.metadata, "source": self.source, "recipe": recipe.name}
@@ -213,6 +215,6 @@ def describe_result(conversion: Conversion) -> list[str]:
     return [
         f"{report['bytes'] / 1e6:.1f} MB, {report['bits_per_weight']:.2f} bits per weight, "
         f"recipe {report['recipe']['name']}, {report['seconds']['all']:.0f} s, "
-        f"peak memory {report['peak_memory_gb']:.2f} GB",
+        f"peak memory {report['peak_memory_gb']:.2f} GB; licence: {report['licence']}",
         *summary(report["verification"]),
     ]

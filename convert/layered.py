@@ -45,8 +45,9 @@ def observe_by_layer(
         at = ids.index(IMAGE)
         text = _rows(source, refs, [i for i in ids if i != IMAGE])
         hidden.append(mx.concatenate([text[:at], tokens, text[at:]])[None])
+        # At once: each sample reads the whole embedding table.
+        mx.eval(hidden)
         tails.append(len(ids) - at - 1)
-    mx.eval(hidden)
     # Only its shape is used: unevaluated weights take no memory.
     model = Network(source.config).language_model
     for index, layer in enumerate(model.model.layers):

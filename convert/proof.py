@@ -45,6 +45,7 @@ def prove(
 
     with small_cache():
         stored = check_stored(source, folder, plan, tell("checking"))
+        progress("checking the fold", 0, 1)
         fold = _fold(source, options)
     chosen = samples(options.samples, options.seed)
     side = source.config.vision.image_size

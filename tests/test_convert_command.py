@@ -50,6 +50,7 @@ def test_converting_from_the_command_line(tiny: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n"), done.stderr
     first, second = done.stderr.splitlines()
     assert "4.50 bits per weight, recipe uniform 4-bit" in first and "peak memory" in first
+    assert first.endswith("licence: not stated by the source")
     assert second == "not verified: switched off"
     again = _run(str(tiny), str(tmp_path / "out"), "--bits", "4")
     assert again.returncode == 1

@@ -18,14 +18,15 @@ import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint import fold
 from fastvlm_mlx.checkpoint.loading import examine_checkpoint, unpacked
 from fastvlm_mlx.checkpoint.quantized import Quantization
-from fastvlm_mlx.convert import accuracy, conversion, published
+from fastvlm_mlx.convert import accuracy, conversion, layered, published
 from fastvlm_mlx.convert.accuracy import compare_accuracy, held_out_scenes, is_nano
+from fastvlm_mlx.convert.calibration import samples
 from fastvlm_mlx.convert.conversion import Options, convert_checkpoint
 from fastvlm_mlx.convert.plan import Plan
 from fastvlm_mlx.convert.proof import prove
 from fastvlm_mlx.convert.published import fold_error
 from fastvlm_mlx.convert.stored import StoredWeights, _allowed, check_stored
-from fastvlm_mlx.convert.streaming import dequantize, quantize
+from fastvlm_mlx.convert.streaming import dequantize, quantize, small_cache
 from fastvlm_mlx.testing import random_checkpoint
 
 Tensors = dict[str, mx.array]
@@ -305,3 +306,16 @@ def test_other_checkpoints_have_no_accuracy(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "source")
     done = convert_checkpoint(str(tmp_path / "source"), tmp_path / "out", Options(samples=1))
     assert done.report["verification"]["accuracy"] is None
+
+
+def test_layer_by_layer_holds_one_embedding_table(
+    qwen2_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = random_checkpoint(tmp_path / "source", size="tiny", tokenizer=qwen2_tokenizer)
+    rows = examine_checkpoint(source).config.text.vocab_size
+    monkeypatch.setattr(layered, "_head", lambda *_: iter([mx.zeros((8, 64))]))
+    with small_cache():
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        layered.observe_by_layer(source, 128, samples(8))
+        assert mx.get_peak_memory() - before < 3 * rows * 64 * 2  # bfloat16
