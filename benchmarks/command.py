@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from fastvlm_mlx.cli.options import prepare_mlx, spread
+from fastvlm_mlx.cli.output import say
 
 from .claims_command import claims, roofline
-from .options import EffortOptions, SubjectOptions
+from .options import EffortOptions, JsonFile, Sizes, SubjectOptions, integers, seconds_of
 from .reporting.command import report
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
@@ -90,6 +91,70 @@ def compare(
     from .tables import comparison_lines
 
     print(*comparison_lines(compare_records(read_record(before), read_record(after))), sep="\n")
+
+
+@app.command()
+@spread
+def peers(
+    subject: SubjectOptions,
+    peer: Annotated[
+        list[str],
+        typer.Option("--peer", metavar="NAME=PYTHON", help="mlx-vlm or transformers; repeatable."),
+    ],
+    size: Annotated[
+        int | None, typer.Option("--size", help="Input side of a random model.")
+    ] = None,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs, after one.")] = 6,
+    json: JsonFile = None,
+) -> None:
+    """Other implementations beside this one: same weights and picture, in turn, outputs first.
+
+    PYTHON belongs to an environment that has the peer. A checkpoint given with --model must be in
+    a layout that all of them read.
+    """
+    prepare_mlx()
+    from .measuring import Effort
+    from .peer_session import run_peers
+    from .peers import parse_peer
+    from .running import check_sizes
+
+    wanted = [parse_peer(text) for text in peer]
+    side = check_sizes([size])[0] if size is not None else None
+    if not run_peers(subject.choice(), wanted, side, Effort(repeat, warmup=1), json, _typed()):
+        raise typer.Exit(1)
+
+
+@app.command()
+@spread
+def advise(
+    subject: SubjectOptions,
+    ttft: Annotated[str, typer.Option("--ttft", metavar="TIME", help="As in 200ms or 1.5s.")],
+    sizes: Sizes = None,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs, after two.")] = 10,
+) -> None:
+    """The largest input, and the least quantization, whose first token comes in time here.
+
+    In time means that nine of ten did. Quantized forms are tried where they are faster: on a GPU.
+    """
+    prepare_mlx()
+    from .advisor import Candidate, candidates, choose
+    from .measuring import Effort
+    from .running import SIZES, check_sizes
+    from .tables import advice_lines, skipped_row, status_line
+
+    budget = seconds_of(ttft, "--ttft")
+    chosen_sizes = SIZES if sizes is None else check_sizes(integers(sizes, "--sizes"))
+    found = []
+    with status_line() as watch:
+        for one in candidates(subject.choice(), chosen_sizes, budget, Effort(repeat), watch):
+            if isinstance(one, Candidate):
+                found.append(one)
+            else:
+                say(skipped_row(one)[0])
+    best = choose(found)
+    print(*advice_lines(found, best, budget), sep="\n")
+    if best is None:
+        raise typer.Exit(1)
 
 
 for _own in (claims, roofline, report):

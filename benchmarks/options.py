@@ -9,7 +9,20 @@ import typer
 
 from fastvlm_mlx.errors import OptionError
 
-__all__ = ["EffortOptions", "SubjectOptions", "integers", "seconds_of"]
+__all__ = ["EffortOptions", "JsonFile", "Sizes", "SubjectOptions", "integers", "seconds_of"]
+
+Sizes = Annotated[
+    str | None,
+    typer.Option("--sizes", metavar="N,N,...", show_default="256,512,768,1024,1536"),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write the record, also if interrupted; in a folder: MACHINE/MODEL.json.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -46,10 +59,7 @@ class SubjectOptions:
 class EffortOptions:
     """How much is measured, and where the record goes."""
 
-    sizes: Annotated[
-        str | None,
-        typer.Option("--sizes", metavar="N,N,...", show_default="256,512,768,1024,1536"),
-    ] = None
+    sizes: Sizes = None
     repeat: Annotated[
         int | None,
         typer.Option("--repeat", min=1, show_default="12", help="Runs, after two to warm up."),
@@ -61,14 +71,7 @@ class EffortOptions:
     quick: Annotated[
         bool, typer.Option("--quick", help="Sizes 256 and 512, six runs: under a minute on nano.")
     ] = False
-    json: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="Write the record, also if interrupted; in a folder: MACHINE/MODEL.json.",
-        ),
-    ] = None
+    json: JsonFile = None
 
     def chosen_sizes(self) -> tuple[int, ...]:
         """In ascending order. Raises OptionError."""

@@ -85,7 +85,7 @@ class Choice:
         if self.source is None:
             return f"random {self.random}"
         path = Path(self.source).expanduser()
-        return path.resolve().name if path.exists() else self.source
+        return (path.name or path.resolve().name) if path.exists() else self.source
 
 
 def build(

@@ -1,9 +1,12 @@
 """Results for a person to read: rows of text, live on a terminal, plain lines in a pipe."""
 
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from .advisor import Candidate
 from .comparison import Change, Comparison
 from .record import OURS, Machine, Measurement, Skipped, Software, Subject
 from .running import Step
@@ -13,6 +16,7 @@ __all__ = [
     "COLUMNS",
     "Report",
     "Row",
+    "advice_lines",
     "comparison_lines",
     "heading",
     "milliseconds",
@@ -155,11 +159,48 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
+def advice_lines(found: Sequence[Candidate], chosen: Candidate | None, budget: float) -> list[str]:
+    """One table: what was measured, what is in time, what to take."""
+    lines = [f"{'input':>5} {'tokens':>6} {'weights':>8} {'median':>11} {'p90':>11}"]
+    for one in found:
+        weights = f"{one.bits} bits" if one.bits else "as is"
+        verdict = "in time" if one.holds else "too slow"
+        lines.append(
+            f"{one.image_size:>5} {one.image_tokens:>6} {weights:>8} "
+            f"{milliseconds(one.felt.median):>11} {milliseconds(one.felt.p90):>11}  {verdict}"
+            + ("  <- take this" if one is chosen else "")
+        )
+    if chosen is None:
+        lines.append(f"Nothing measured keeps TTFT within {milliseconds(budget)} here.")
+    else:
+        bits = f" --quantize {chosen.bits}" if chosen.bits else ""
+        lines.append(f"fastvlm caption --image-size {chosen.image_size}{bits}")
+    return lines
+
+
 def _change_name(change: Change) -> str:
     title = "TTFT, paper's" if change.part == "paper" else _TITLES.get(change.kind, change.kind)
     other = f", {change.implementation}" if change.implementation != OURS else ""
     at = f" {change.image_size}" if change.image_size else ""
     return f"{title}{other}{at}"
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[Step, int, int], None]]:
+    """What is being measured, on stderr, if a person is looking."""
+    if not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading") as shown:
+        yield lambda step, done, runs: shown.update(_status(step, done, runs))
+
+
+def _status(step: Step, done: int, runs: int) -> str:
+    size = f" at {step.image_size}" if step.image_size else ""
+    count = f": run {done} of {runs}" if runs > 1 else ""
+    return f"measuring {_TITLES.get(step.kind, step.kind)}{size}{count}"
 
 
 class Report:
@@ -193,9 +234,7 @@ class Report:
     def watch(self, step: Step, done: int, runs: int) -> None:
         """Show what is being measured."""
         if self._live is not None:
-            size = f" at {step.image_size}" if step.image_size else ""
-            name = _TITLES.get(step.kind, step.kind)
-            self._status = f"measuring {name}{size}: run {done} of {runs}" if runs > 1 else name
+            self._status = _status(step, done, runs)
             self._live.update(self._picture(), refresh=True)
 
     def add(self, result: Measurement | Skipped) -> None:
