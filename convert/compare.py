@@ -74,9 +74,11 @@ def _row(source: str, recipe: str, samples: int, seed: int) -> str:
 
 
 def _options(recipe: str) -> dict[str, Any]:
-    name, number, group = (*recipe.split(":"), "", "")[:3]
+    name, *numbers = recipe.split(":")
     try:
-        size = int(group) if group else None
+        if len(numbers) not in (1, 2):
+            raise ValueError
+        number, size = numbers[0], int(numbers[1]) if len(numbers) > 1 else None
         if name == "auto":
             return {"recipe": name, "target_bits": float(number), "group_size": size}
         if name in ("uniform", "mixed"):

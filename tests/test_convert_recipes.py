@@ -147,7 +147,7 @@ def test_recipes_side_by_side(
     assert head.startswith("| recipe | bits per weight | KL, mean")
     assert first.startswith("| uniform 4 | 4.50 |")
     assert second.startswith("| mixed 3, groups of 32 | ")
-    for wrong in ("best:4", "uniform:x", "auto"):
+    for wrong in ("best:4", "uniform:x", "auto", "mixed:4:64:1"):
         monkeypatch.setattr("sys.argv", ["compare", str(tiny), "--recipes", wrong])
         with pytest.raises(SystemExit, match="expected such as uniform:4"):
             compare.main()
