@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.vlm import DTYPES
+from fastvlm_mlx.opening import DTYPES
 
 from .chips import peaks_of
 from .claims import CLAIMS, Claim, pieces_of

@@ -65,8 +65,8 @@ def count(
     prepare_mlx()
     from fastvlm_mlx.config import VisionConfig, check_side
     from fastvlm_mlx.errors import OptionError
+    from fastvlm_mlx.opening import DTYPES
     from fastvlm_mlx.vision import FastViTHD
-    from fastvlm_mlx.vlm import DTYPES
 
     from .counting import count_encoder, total
 

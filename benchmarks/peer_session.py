@@ -9,8 +9,8 @@ from pathlib import Path
 from fastvlm_mlx.checkpoint.source import checkpoint_folder
 from fastvlm_mlx.cli.output import loading_progress, say
 from fastvlm_mlx.errors import BenchmarkError, OptionError
+from fastvlm_mlx.opening import load
 from fastvlm_mlx.testing import random_checkpoint
-from fastvlm_mlx.vlm import load
 
 from .comparison import compare_times
 from .measuring import Effort

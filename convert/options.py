@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fastvlm_mlx.checkpoint.writing import SHARD_BYTES
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.vlm import DTYPES
+from fastvlm_mlx.opening import DTYPES
 
 __all__ = ["Options", "Progress", "Say"]
 

@@ -8,7 +8,7 @@ from fastvlm_mlx.checkpoint.dialects import Dialect
 from fastvlm_mlx.checkpoint.loading import Examined
 from fastvlm_mlx.checkpoint.quantized import Quantization
 from fastvlm_mlx.errors import OptionError
-from fastvlm_mlx.vlm import DTYPES
+from fastvlm_mlx.opening import DTYPES
 
 from .layouts import layout_of
 from .options import Options, Progress, Say

@@ -29,14 +29,17 @@ if TYPE_CHECKING:
     from .generation import Answer, Chunk, Options, Stream, Timings
     from .images import PreprocessedImage
     from .many import Record
+    from .opening import load
     from .prompt import IMAGE, STYLES
-    from .vlm import FastVLM, load
+    from .scoring import Choices, Score
+    from .vlm import FastVLM
 
 _HOME = {
     "Answer": "generation",
     "BenchmarkError": "errors",
     "Chat": "chat",
     "CheckpointError": "errors",
+    "Choices": "scoring",
     "Chunk": "generation",
     "EncodedImage": "features",
     "FastVLM": "vlm",
@@ -53,10 +56,11 @@ _HOME = {
     "PreprocessedImage": "images",
     "PromptError": "errors",
     "SavedFileError": "errors",
+    "Score": "scoring",
     "Stream": "generation",
     "Timings": "generation",
     "UnsupportedCheckpoint": "errors",
-    "load": "vlm",
+    "load": "opening",
 }
 __all__ = [
     "IMAGE",
@@ -64,6 +68,7 @@ __all__ = [
     "BenchmarkError",
     "Chat",
     "CheckpointError",
+    "Choices",
     "Chunk",
     "EncodedImage",
     "FastVLM",
@@ -79,6 +84,7 @@ __all__ = [
     "PreprocessedImage",
     "PromptError",
     "SavedFileError",
+    "Score",
     "Stream",
     "Timings",
     "UnsupportedCheckpoint",

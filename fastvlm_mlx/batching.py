@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from .constraint import Constraint
 from .features import EncodedImage, FeatureCache, pixel_digest
 from .generation import Answer, Options, TextStream, Timings, token_sampler
 from .images import PreprocessedImage, to_pixels
@@ -39,6 +40,8 @@ class Prompt:
     """Positions that the context window leaves for the answer."""
     timings: Timings = field(default_factory=Timings)
     """What was spent on this row before."""
+    constraint: Constraint | None = None
+    """All rows of a batch have one, or none has."""
 
 
 def encode_pictures(
@@ -150,6 +153,7 @@ class _Row:
         self, prompt: Prompt, text: TextStream, options: Options, eos: frozenset[int]
     ) -> None:
         self._prompt, self._text, self._eos = prompt, text, eos
+        self.constraint = prompt.constraint
         self._limit = min(options.max_tokens, prompt.room)
         self._said = ""
         self._seconds = 0.0
@@ -167,7 +171,9 @@ class _Row:
             if self._text.stopped:
                 self.finish_reason = "stop"
                 return
-            if len(self.tokens) == self._limit:
+            if self.constraint and self.constraint.push(token):
+                self.finish_reason = "stop"
+            elif len(self.tokens) == self._limit:
                 self.finish_reason = "length"
         if self.finish_reason is not None:
             self._said += self._text.finish()
@@ -192,8 +198,15 @@ def _chooser(options: Options, vocabulary: int) -> Callable[[mx.array, Sequence[
     choose = token_sampler(options, vocabulary)
 
     def choose_rows(logits: mx.array, rows: Sequence[_Row]) -> mx.array:
+        masks = [row.constraint.mask() for row in rows if row.constraint]
+        mask = mx.concatenate(masks) if masks else None
         if options.repetition_penalty == 1:
-            return choose(logits, [])
-        return mx.concatenate([choose(logits[n : n + 1], row.tokens) for n, row in enumerate(rows)])
+            return choose(logits, [], mask)
+        return mx.concatenate(
+            [
+                choose(logits[n : n + 1], row.tokens, None if mask is None else mask[n : n + 1])
+                for n, row in enumerate(rows)
+            ]
+        )
 
     return choose_rows

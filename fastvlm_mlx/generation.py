@@ -5,13 +5,14 @@ that the device works while Python handles the token before.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 
-from .errors import OptionError
+from .constraint import Constraint, check_schema
+from .errors import FastVLMError, OptionError
 from .model import Network, mlx_lm_module
 from .tokenizer import Tokenizer
 
@@ -27,6 +28,7 @@ __all__ = [
     "Stream",
     "TextStream",
     "Timings",
+    "check_whole",
     "generate",
     "make_options",
     "token_sampler",
@@ -52,6 +54,9 @@ class Options:
     """Seeds MLX's global generator before sampling; None leaves it as it is."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
+    json_schema: Mapping[str, Any] | None = None
+    """The answer is JSON that this schema allows (extra `json`). It is whole if finish_reason is
+    "stop"; "length" means that `max_tokens` cut it."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -70,6 +75,10 @@ class Options:
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64-1")
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise OptionError(f"stop is {self.stop!r}; expected strings that are not empty.")
+        if self.json_schema is not None:
+            if self.stop:
+                raise OptionError("stop would cut what json_schema promises; give one of them.")
+            check_schema(self.json_schema)
 
 
 def _check(name: str, value: object, fine: bool, expected: str) -> None:
@@ -165,6 +174,15 @@ class Answer:
         return self.text
 
 
+def check_whole(answer: Answer, options: Mapping[str, Any]) -> None:
+    """Raise FastVLMError if `options` asked for JSON and the answer ends before it does."""
+    if options.get("json_schema") is not None and answer.finish_reason != "stop":
+        raise FastVLMError(
+            f"{len(answer.tokens)} tokens were not enough for the whole JSON; raise max_tokens, "
+            "or bound the schema's strings and arrays."
+        )
+
+
 class Stream:
     """An answer while it is being produced: iterate over its chunks."""
 
@@ -252,9 +270,11 @@ def generate(
     eos: frozenset[int],
     timings: Timings,
     after_prefill: Callable[[], None] = lambda: None,
+    constraint: Constraint | None = None,
 ) -> Iterator[Chunk]:
     """Answer expanded `ids`, whose IMAGE slots take `images` (N, hidden), continuing `cache`.
 
+    `constraint` has a say in every token, and ends the answer when it is complete.
     `timings` holds what was measured before; prefill, first_token and decode are added to it.
     The cache ends up with the ids and all answer tokens but perhaps the last.
     """
@@ -267,7 +287,7 @@ def generate(
     prefilled = time.perf_counter()
     after_prefill()
     history: list[int] = []
-    upcoming = choose(logits, history)
+    upcoming = choose(logits, history, constraint.mask() if constraint else None)
     token = _token(upcoming)
     first = time.perf_counter()
     timings = replace(timings, prefill=prefilled - started, first_token=first - prefilled)
@@ -278,15 +298,19 @@ def generate(
         if token in eos:
             yield Chunk(text.finish(), token, "stop", timings)
             return
+        complete = constraint is not None and constraint.push(token)
         last = len(history) == options.max_tokens
-        if not last:
+        if not last and not complete:
             # Queue the next step before this token's text is handled.
-            upcoming = choose(network.decode(mx.array([token]), cache), history)
+            logits = network.decode(mx.array([token]), cache)
+            if constraint:
+                mx.async_eval(logits)  # the device works while the mask is made
+            upcoming = choose(logits, history, constraint.mask() if constraint else None)
             mx.async_eval(upcoming)
         piece = text.push(token)
-        if text.stopped or last:
+        if text.stopped or complete or last:
             piece += "" if text.stopped else text.finish()
-            yield Chunk(piece, token, "stop" if text.stopped else "length", timings)
+            yield Chunk(piece, token, "stop" if text.stopped or complete else "length", timings)
             return
         yield Chunk(piece, token, None, timings)
         token = _token(upcoming)
@@ -297,10 +321,14 @@ def _token(chosen: mx.array) -> int:
     return int(token)
 
 
-def token_sampler(options: Options, vocabulary: int) -> Callable[[mx.array, list[int]], mx.array]:
+Sampler: TypeAlias = Callable[[mx.array, list[int], mx.array | None], mx.array]
+
+
+def token_sampler(options: Options, vocabulary: int) -> Sampler:
     """A function of logits (B, vocab) and the answer so far to the next token ids, shape (B,).
 
-    With a repetition penalty B is 1, since there is one answer so far.
+    Its last argument is None or a mask (B, vocab), True for the tokens to choose from. With a
+    repetition penalty B is 1, since there is one answer so far.
     """
     sampling: Any = mlx_lm_module("sample_utils")
     sample = sampling.make_sampler(
@@ -316,10 +344,12 @@ def token_sampler(options: Options, vocabulary: int) -> Callable[[mx.array, list
             repetition_context_size=options.max_tokens,
         )
 
-    def choose(logits: mx.array, history: list[int]) -> mx.array:
+    def choose(logits: mx.array, history: list[int], mask: mx.array | None) -> mx.array:
         if penalize is not None and history:
             logits = penalize(mx.array(history), logits)
         logits = logits.astype(mx.float32)
+        if mask is not None:
+            logits = mx.where(mask, logits, -mx.inf)
         token: mx.array = sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         return token
 

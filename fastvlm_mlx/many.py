@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .colour import is_mlx_array
 from .errors import FastVLMError, OptionError
-from .generation import Answer, Timings, make_options
+from .generation import Answer, Timings, check_whole, make_options
 
 if TYPE_CHECKING:
     from .vlm import FastVLM
@@ -153,11 +153,19 @@ class Job:
     def _ask(self, images: Sequence[Any]) -> list[Answer | FastVLMError]:
         try:
             requests = [(image, self._prompt) for image in images]
-            return list(self._vlm.ask_batch(requests, **self._options))
+            answers = self._vlm.ask_batch(requests, **self._options)
+            return [self._whole(answer) for answer in answers]
         except FastVLMError as error:
             if len(images) == 1:
                 return [error]
             return [answer for image in images for answer in self._ask([image])]
+
+    def _whole(self, answer: Answer) -> Answer | FastVLMError:
+        try:
+            check_whole(answer, self._options)
+        except FastVLMError as error:
+            return error
+        return answer
 
 
 def _sha256(source: Any) -> str | None:

@@ -91,8 +91,12 @@ class Network(nn.Module):
 
     def decode(self, token: mx.array, cache: "list[KVCache]") -> mx.array:
         """Run one token id of each row, shape (B,); logits (B, vocab) of the next."""
-        logits: mx.array = self.language_model(token[:, None], cache)
-        return logits[:, -1]
+        return self.continuation(token[:, None], cache)[:, -1]
+
+    def continuation(self, tokens: mx.array, cache: "list[KVCache]") -> mx.array:
+        """Run token ids (B, L) that follow what is in `cache`; logits (B, L, vocab)."""
+        logits: mx.array = self.language_model(tokens, cache)
+        return logits
 
     def logits(self, embeddings: mx.array) -> mx.array:
         """Logits (1, L, vocab) of a whole prompt, without a cache."""

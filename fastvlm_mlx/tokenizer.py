@@ -31,14 +31,15 @@ class Tokenizer:
     def __init__(self, backend: HFTokenizer) -> None:
         self._backend = backend
         self._added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
-        missing = [t for t in _REQUIRED if backend.token_to_id(t) is None]
+        ids = {t: i for t in _REQUIRED if (i := backend.token_to_id(t)) is not None}
+        missing = [t for t in _REQUIRED if t not in ids]
         if missing:
             raise CheckpointError(
                 f"The tokenizer has no {', '.join(missing)}; FastVLM's is Qwen2's. "
                 "It seems to belong to another model."
             )
-        ids = (backend.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>"))
-        self.eos_token_ids: frozenset[int] = frozenset(i for i in ids if i is not None)
+        self.end_of_turn = ids["<|im_end|>"]
+        self.eos_token_ids = frozenset({self.end_of_turn, ids["<|endoftext|>"]})
 
     @classmethod
     def from_directory(cls, folder: Path) -> "Tokenizer":
@@ -62,6 +63,10 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def to_json(self) -> str:
+        """What `save` writes."""
+        return str(self._backend.to_str())
 
     def save(self, path: Path) -> None:
         """Write it as a single tokenizer.json."""

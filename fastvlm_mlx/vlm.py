@@ -1,32 +1,25 @@
 """The object that users hold: pictures and a question in, an answer out."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 
 from .batching import Prompt, encode_images, generate_batch
 from .chat import Chat
-from .checkpoint.loading import LoadedCheckpoint, load_checkpoint
-from .checkpoint.quantized import quantize_linears
-from .checkpoint.source import DEFAULT_MODEL, checkpoint_folder
+from .checkpoint.loading import LoadedCheckpoint
 from .config import Config
+from .constraint import Constraint, SchemaCompiler
 from .errors import OptionError, PromptError
-from .features import (
-    MEMORY_BYTES,
-    EncodedImage,
-    FeatureCache,
-    as_feature_cache,
-    model_fingerprint,
-    pixel_digest,
-)
+from .features import EncodedImage, FeatureCache, model_fingerprint, pixel_digest
 from .generation import Answer, Clock, Options, Prefix, Stream, Timings, generate, make_options
 from .images import Fit, ImageSource, PreprocessedImage, load_image, to_pixels
 from .many import Job, Known, Record
 from .prompt import SYSTEM, USER, expand, prompt_ids
+from .scoring import Choices, Score, check_choices, log_likelihoods
 from .tiling import Grid, ImageSize, automatic_size, check_grid, check_image_size, fit_tiles
 from .tokenizer import Tokenizer
 from .vision import FastViTHD
@@ -36,103 +29,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_PROMPT",
-    "DTYPES",
     "EncodedImage",
     "FastVLM",
     "Image",
     "Images",
     "PreprocessedImage",
     "as_list",
-    "default_model",
-    "load",
 ]
 
 DEFAULT_PROMPT = "Describe the image."
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 Image: TypeAlias = "ImageSource | PreprocessedImage | EncodedImage"
 Images: TypeAlias = "Image | Sequence[Image]"
-
-
-def default_model() -> str:
-    """$FASTVLM_MODEL, else apple/FastVLM-0.5B."""
-    return os.environ.get("FASTVLM_MODEL") or DEFAULT_MODEL
-
-
-def load(
-    model: str | os.PathLike[str] | None = None,
-    *,
-    dtype: str | None = None,
-    quantize: int | None = None,
-    image_size: ImageSize | None = None,
-    tiles: Grid = (1, 1),
-    fit: Fit = "pad",
-    feature_cache: int | str | os.PathLike[str] | FeatureCache | None = MEMORY_BYTES,
-    revision: str | None = None,
-    allow_private_urls: bool = False,
-    announce: Callable[[str], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> "FastVLM":
-    """Load a FastVLM.
-
-    Args:
-        model: "nano" (built in), a checkpoint directory, one of Apple's .zip files, or a Hub id;
-            by default $FASTVLM_MODEL, else apple/FastVLM-0.5B.
-        dtype: "float32", "float16" or "bfloat16"; by default what suits the device.
-        quantize: quantize the language model and projector to this many bits while loading. On
-            the CPU the values are those of the quantized model, but kept as float32.
-        image_size: side in pixels, a multiple of 64 up to 2048, of the square a picture is fitted
-            to; by default the checkpoint's own. Fewer pixels are fewer tokens and a faster answer.
-            "auto" takes the least that holds the picture, from 256 to the checkpoint's own.
-        tiles: (rows, columns), up to (4, 4), of squares of that size that a picture is cut into,
-            besides an overview of the whole; (1, 1) is the whole picture once.
-        fit: "pad" to a square with black first (as the models are used by Apple's predict.py), or
-            "crop" the centre.
-        feature_cache: where to remember encoded pictures, so that a further question about one
-            costs no encoder run: bytes of memory, a directory (which also outlives the process), a
-            `FeatureCache`, or None for nowhere (to measure the encoder, for example).
-        revision: branch, tag or commit on the Hub.
-        allow_private_urls: let picture URLs point into private networks.
-        announce: gets one line (size, licence) before a download.
-        progress: is told (tensors loaded, tensors in all).
-
-    Raises OptionError, CheckpointError or HubError.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise OptionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    if quantize is not None and quantize not in (2, 3, 4, 5, 6, 8):
-        raise OptionError(f"quantize is {quantize!r}; expected 2, 3, 4, 5, 6 or 8 bits.")
-    if image_size is not None:
-        check_image_size(image_size)
-    check_grid(tiles)
-    if fit not in ("pad", "crop"):
-        raise OptionError(f"fit is {fit!r}; expected 'pad' or 'crop'.")
-    cache = as_feature_cache(feature_cache)
-    on_gpu = mx.default_device() == mx.gpu
-    if mx.metal.is_available():
-        # Once, so that macOS keeps the weights resident; 15 and later, a no-op before.
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    with checkpoint_folder(model or default_model(), revision, announce) as folder:
-        loaded = load_checkpoint(
-            folder,
-            dtype=DTYPES[dtype] if dtype else (mx.bfloat16 if on_gpu else mx.float32),
-            vision_dtype=DTYPES[dtype] if dtype else (mx.float16 if on_gpu else mx.float32),
-            keep_quantized=on_gpu,
-            progress=progress,
-        )
-    if quantize is not None:
-        for part in (loaded.network.language_model, loaded.network.projector):
-            quantize_linears(part, quantize, keep_packed=on_gpu)
-        mx.eval(loaded.network.parameters())
-    return FastVLM(
-        loaded,
-        image_size=image_size,
-        tiles=tiles,
-        fit=fit,
-        feature_cache=cache,
-        allow_private_urls=allow_private_urls,
-    )
 
 
 class FastVLM:
@@ -224,6 +133,17 @@ class FastVLM:
         """
         return Job(self, prompt, options, dedupe, known).run(images, batch, workers)
 
+    def choose(self, images: Images, question: str, choices: Sequence[str]) -> Choices:
+        """Weigh given answers to a question against each other.
+
+        Raises OptionError (fewer than two choices, empty or equal ones), ImageError, PromptError.
+        """
+        return Choices(self._scores(images, question, check_choices(choices)))
+
+    def score(self, images: Images, question: str, text: str) -> Score:
+        """How likely `text` is as the answer to a question. Raises ImageError and PromptError."""
+        return self._scores(images, question, (text,))[0]
+
     def chat(self, *images: Image) -> Chat:
         """Begin a conversation about pictures; each is encoded once, the KV cache is kept."""
         return Chat(self, images)
@@ -255,7 +175,8 @@ class FastVLM:
                 preprocess=sum(i.preprocess for i in fitted),
                 encode=seconds,
             )
-            prompts.append(Prompt(ids, own, self._check_context(len(ids)), timings))
+            room = self._check_context(len(ids))
+            prompts.append(Prompt(ids, own, room, timings, self._constraint(chosen)))
         eos = self.config.eos_token_ids
         return generate_batch(self.network, self.tokenizer, prompts, chosen, eos)
 
@@ -305,6 +226,17 @@ class FastVLM:
         mx.eval(encoded.tokens)
         return encoded
 
+    def _scores(self, images: Images, question: str, texts: Sequence[str]) -> tuple[Score, ...]:
+        sources = as_list(images)
+        ids, encoded, _ = self.prepare(self.prompt_ids(question, len(sources)), sources)
+        answers = [[*self.tokenizer.encode(text), self.tokenizer.end_of_turn] for text in texts]
+        self._check_context(len(ids) + max(map(len, answers)) - 1)
+        cache, done = self._prefix.start(self.network, ids)
+        logits = self.network.prefill(self.network.embed(ids[done:], encoded), cache)
+        self._prefix.learn(ids, cache)
+        found = log_likelihoods(self.network, logits, cache, answers)
+        return tuple(map(Score, texts, map(tuple, answers), found))
+
     def prompt_ids(self, question: str, images: int = 1) -> list[int]:
         """Token ids of a first turn, with `IMAGE` once per picture (not yet expanded)."""
         return prompt_ids(self.tokenizer, question, images)
@@ -330,8 +262,18 @@ class FastVLM:
         room = self._check_context(length)
         options = dataclasses.replace(options, max_tokens=min(options.max_tokens, room))
         eos = self.config.eos_token_ids
+        constraint = self._constraint(options)
         chunks = generate(
-            self.network, self.tokenizer, ids, images, cache, options, eos, timings, after_prefill
+            self.network,
+            self.tokenizer,
+            ids,
+            images,
+            cache,
+            options,
+            eos,
+            timings,
+            after_prefill,
+            constraint,
         )
         return Stream(chunks, length, eos)
 
@@ -384,6 +326,16 @@ class FastVLM:
                 "quantization). Encode the picture with this very model."
             )
         return image
+
+    def _constraint(self, options: Options) -> Constraint | None:
+        if options.json_schema is None:
+            return None
+        return self._schemas.constraint(options.json_schema)
+
+    @cached_property
+    def _schemas(self) -> SchemaCompiler:
+        vocabulary = self.network.vocabulary
+        return SchemaCompiler(self.tokenizer, self.config.eos_token_ids, vocabulary)
 
     def _check_context(self, length: int) -> int:
         """Positions left for the answer. Raises PromptError if there are none."""

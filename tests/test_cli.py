@@ -123,6 +123,40 @@ def test_sizes_and_tiles(tiny: Path, photo: Path) -> None:
     assert prompt_tokens("--image-size", "128", "--tiles", "1x2") == text + 3 * 4
 
 
+def test_answers_in_json(tiny: Path, photo: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "s.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], '
+        '"additionalProperties": false}'
+    )
+    ask = ("ask", photo, "How many?", "-m", tiny, "--schema", schema)
+    whole = run(*ask)
+    assert whole.returncode == 0
+    assert json.loads(whole.stdout)["n"] in (1, 22)
+    cut = run(*ask, "--max-tokens", "3")
+    assert (cut.returncode, cut.stdout) == (1, b"")
+    assert "3 tokens were not enough for the whole JSON" in one_line(cut)
+    told = run(*ask, "--max-tokens", "3", "--json")
+    assert told.returncode == 1
+    assert json.loads(told.stdout)["finish_reason"] == "length"
+    schema.write_text('{"type": "objec"}')
+    wrong = run(*ask)
+    assert wrong.returncode == 2 and "Invalid type: objec" in one_line(wrong)
+    schema.write_text("{")
+    wrong = run(*ask)
+    assert wrong.returncode == 2 and "is not JSON" in one_line(wrong)
+
+
+def test_choices(tiny: Path, photo: Path) -> None:
+    ask = ("ask", photo, "Red or blue?", "-m", tiny, "--choices", "red, blue,green")
+    record = json.loads(run(*ask, "--json").stdout)
+    assert set(record) == {"image", "choice", "probabilities"}
+    probabilities = record["probabilities"]
+    assert list(probabilities) == ["red", "blue", "green"]
+    assert sum(probabilities.values()) == pytest.approx(1)
+    assert run(*ask).stdout.decode() == max(probabilities, key=probabilities.get) + "\n"
+
+
 def test_a_broken_picture_does_not_stop_the_others(tiny: Path, photo: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"not a picture")
@@ -148,6 +182,10 @@ def test_a_broken_picture_does_not_stop_the_others(tiny: Path, photo: Path, tmp_
         (["caption", "http://127.0.0.1:9/a.jpg", "-m", "TINY"], 1, "127.0.0.1"),
         (["ask", "PHOTO", "<image> or <image>?", "-m", "TINY"], 1, "2 <image> but 1 picture"),
         (["ask", "What?", "-m", "TINY"], 2, "at least one picture"),
+        (["ask", "PHOTO", "?", "-m", "TINY", "--choices", "yes"], 2, "at least two"),
+        (["ask", "PHOTO", "?", "-m", "TINY", "--choices", "yes,"], 2, "Choice 2 is empty"),
+        (["ask", "PHOTO", "?", "-m", "TINY", "--choices", "a,b", "--top-k", "3"], 2, "no option"),
+        (["ask", "PHOTO", "?", "-m", "TINY", "--schema", "/no/s.json"], 2, "cannot be read"),
         (["info", "/no/such/model"], 1, "No checkpoint at"),
     ],
 )

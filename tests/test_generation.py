@@ -41,7 +41,7 @@ def test_a_single_stop_string_is_not_taken_apart() -> None:
 
 def test_greedy_is_the_argmax() -> None:
     logits = mx.array([[0.0, 3.0, 2.9]])
-    assert token_sampler(fv.Options(), 3)(logits, []).item() == 1
+    assert token_sampler(fv.Options(), 3)(logits, [], None).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,14 @@ def test_sampling_draws_only_from_what_is_allowed(
     logits = mx.log(mx.array([[0.09, 0.53, 0.32, 0.06]]))
     choose = token_sampler(fv.Options(temperature=1.0, **options), 4)
     mx.random.seed(0)
-    assert {int(choose(logits, []).item()) for _ in range(200)} == possible
+    assert {int(choose(logits, [], None).item()) for _ in range(200)} == possible
 
 
 def test_repetition_penalty_acts_on_the_answer() -> None:
     choose = token_sampler(fv.Options(repetition_penalty=2.0), 3)
     logits = mx.array([[-1.0, 3.0, 2.0]])
-    assert choose(mx.array(logits), []).item() == 1
-    assert choose(mx.array(logits), [1]).item() == 2
+    assert choose(mx.array(logits), [], None).item() == 1
+    assert choose(mx.array(logits), [1], None).item() == 2
 
 
 class _Bytes:

@@ -87,7 +87,7 @@ def test_scaling_changes_nothing_in_float32(loud: Path, monkeypatch: pytest.Monk
         )
         return original(folder, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fastvlm_mlx.vlm.load_checkpoint", scaled)
+    monkeypatch.setattr("fastvlm_mlx.opening.load_checkpoint", scaled)
     other = fv.load(loud, dtype="float32")
     assert other.config.vision.residual_scales[4] < 1
     assert mx.array_equal(other.vision(_pixels()), exact)

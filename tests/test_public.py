@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"errors", "blas"},
     {"config", "saved", "images", "colour", "fetching", "listing", "tokenizer", "ops"},
-    {"prompt", "tiling"},
+    {"prompt", "tiling", "constraint"},
     {"vision"},
     {"model"},
-    {"checkpoint", "features", "generation"},
+    {"checkpoint", "features", "generation", "scoring"},
     {"batching"},
     {"chat", "many", "vlm"},  # a conversation names the type of what it talks to
-    {"records", "sidecars", "report", "testing", "testing_files", "testing_names"},
+    {"opening", "records", "sidecars", "report", "testing", "testing_files", "testing_names"},
     {"cli"},
 ]
 

@@ -9,7 +9,7 @@ from ..errors import OptionError
 from ..listing import find_pictures
 from .many import ManyOptions, caption_each
 from .options import AnswerOptions, ModelOptions, PrintOptions, prepare_mlx, spread
-from .output import print_json, print_stats, print_stream
+from .output import print_json, print_record, print_stats, print_stream
 
 if TYPE_CHECKING:
     from ..vlm import FastVLM
@@ -56,6 +56,15 @@ def ask(
     items: Annotated[
         list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Pictures, then the question.")
     ],
+    *,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            "--choices",
+            metavar="A,B,...",
+            help="Pick the likeliest of these answers; --json tells all probabilities.",
+        ),
+    ] = None,
     model: ModelOptions,
     answering: AnswerOptions,
     printing: PrintOptions,
@@ -67,6 +76,9 @@ def ask(
     *images, question = items
     if not images:
         raise OptionError("Give at least one picture before the question.")
+    if choices is not None:
+        _choose(images, question, choices, model, answering, printing)
+        return
     options = answering.checked()
     _answer(model.load(), images, question, options, printing)
 
@@ -93,11 +105,44 @@ def _answer(
     printing: PrintOptions,
 ) -> None:
     """Run one request; print the answer as it comes, or as one JSON document."""
-    sources: list[Any] = [sys.stdin.buffer.read() if image == "-" else image for image in images]
-    stream = vlm.stream(sources, question, **options)
+    from ..generation import check_whole
+
+    stream = vlm.stream(_sources(images), question, **options)
+    structured = options["json_schema"] is not None
     if printing.as_json:
         print_json(images, stream.finish())
+    elif structured:
+        # Nothing before it is whole, so that no reader takes half of it for the answer.
+        if stream.finish().finish_reason == "stop":
+            print(stream.answer.text, flush=True)
     else:
         print_stream(stream)
     if printing.stats:
         print_stats(stream.answer)
+    check_whole(stream.answer, options)
+
+
+def _choose(
+    images: list[str],
+    question: str,
+    choices: str,
+    model: ModelOptions,
+    answering: AnswerOptions,
+    printing: PrintOptions,
+) -> None:
+    """Print the likeliest of the given answers, or all with their probabilities."""
+    if answering != AnswerOptions() or printing.stats:
+        raise OptionError("--choices weighs given answers: it goes with no option for new ones.")
+    prepare_mlx()
+    from ..scoring import check_choices
+
+    texts = check_choices([choice.strip() for choice in choices.split(",")])
+    found = model.load().choose(_sources(images), question, texts)
+    if printing.as_json:
+        print_record(images, {"choice": found.best, "probabilities": found.probabilities})
+    else:
+        print(found.best, flush=True)
+
+
+def _sources(images: list[str]) -> list[Any]:
+    return [sys.stdin.buffer.read() if image == "-" else image for image in images]

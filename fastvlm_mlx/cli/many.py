@@ -83,9 +83,9 @@ def caption_each(
     summary: bool,
 ) -> None:
     """Caption all pictures, to --out, --sidecar or stdout. Exits with 1 if one failed."""
+    from ..opening import default_model
     from ..records import RecordFile
     from ..sidecars import Sidecars
-    from ..vlm import default_model
 
     sidecars = Sidecars(many.sidecar, force=many.force) if many.sidecar else None
     tally = _Tally()

@@ -9,13 +9,16 @@ fields to typer instead:
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import OptionError
 from .output import loading_progress, say
 
 if TYPE_CHECKING:
@@ -82,7 +85,7 @@ class ModelOptions:
     def load(self) -> "FastVLM":
         """The model, with a bar on stderr if it takes long."""
         prepare_mlx()
-        from ..vlm import load
+        from ..opening import load
 
         arguments: dict[str, Any] = asdict(self)
         # What is not a number goes on as it is: `load` says what it expected.
@@ -120,6 +123,12 @@ class AnswerOptions:
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")
     ] = None
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            "--schema", metavar="FILE", help="Answer in JSON that this JSON schema allows."
+        ),
+    ] = None
 
     def checked(self) -> dict[str, Any]:
         """As keyword arguments, checked before any weights are loaded. Raises OptionError."""
@@ -127,6 +136,8 @@ class AnswerOptions:
         from ..generation import make_options
 
         options = {**asdict(self), "stop": tuple(self.stop or ())}
+        schema = options.pop("schema")
+        options["json_schema"] = None if schema is None else _read_json(schema)
         make_options(options)
         return options
 
@@ -164,6 +175,15 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in shown}
     return run
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise OptionError(f"The schema {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise OptionError(f"The schema {path} is not JSON: {error}.") from error
 
 
 def prepare_mlx() -> None:

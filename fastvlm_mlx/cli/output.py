@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..generation import Answer, Stream
 
-__all__ = ["loading_progress", "print_facts", "print_json", "print_stats", "print_stream", "say"]
+__all__ = [
+    "loading_progress",
+    "print_facts",
+    "print_json",
+    "print_record",
+    "print_stats",
+    "print_stream",
+    "say",
+]
 
 
 def say(line: str) -> None:
@@ -35,8 +43,13 @@ def print_json(images: list[str], answer: "Answer") -> None:
     """One finished answer as a JSON document on one line."""
     from ..records import answer_fields
 
-    named = {"image": images[0] if len(images) == 1 else images}
-    print(json.dumps(named | answer_fields(answer), ensure_ascii=False), flush=True)
+    print_record(images, answer_fields(answer))
+
+
+def print_record(images: list[str], facts: dict[str, Any]) -> None:
+    """What was found out about pictures, as a JSON document on one line."""
+    record = {"image": images[0] if len(images) == 1 else images, **facts}
+    print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def print_stats(answer: "Answer") -> None:

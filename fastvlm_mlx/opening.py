@@ -1,0 +1,99 @@
+"""From the name of a model to an object that answers questions."""
+
+import os
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from .checkpoint.loading import load_checkpoint
+from .checkpoint.quantized import quantize_linears
+from .checkpoint.source import DEFAULT_MODEL, checkpoint_folder
+from .errors import OptionError
+from .features import MEMORY_BYTES, FeatureCache, as_feature_cache
+from .images import Fit
+from .tiling import Grid, ImageSize, check_grid, check_image_size
+from .vlm import FastVLM
+
+__all__ = ["DTYPES", "default_model", "load"]
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def default_model() -> str:
+    """$FASTVLM_MODEL, else apple/FastVLM-0.5B."""
+    return os.environ.get("FASTVLM_MODEL") or DEFAULT_MODEL
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | None = None,
+    quantize: int | None = None,
+    image_size: ImageSize | None = None,
+    tiles: Grid = (1, 1),
+    fit: Fit = "pad",
+    feature_cache: int | str | os.PathLike[str] | FeatureCache | None = MEMORY_BYTES,
+    revision: str | None = None,
+    allow_private_urls: bool = False,
+    announce: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FastVLM:
+    """Load a FastVLM.
+
+    Args:
+        model: "nano" (built in), a checkpoint directory, one of Apple's .zip files, or a Hub id;
+            by default $FASTVLM_MODEL, else apple/FastVLM-0.5B.
+        dtype: "float32", "float16" or "bfloat16"; by default what suits the device.
+        quantize: quantize the language model and projector to this many bits while loading. On
+            the CPU the values are those of the quantized model, but kept as float32.
+        image_size: side in pixels, a multiple of 64 up to 2048, of the square a picture is fitted
+            to; by default the checkpoint's own. Fewer pixels are fewer tokens and a faster answer.
+            "auto" takes the least that holds the picture, from 256 to the checkpoint's own.
+        tiles: (rows, columns), up to (4, 4), of squares of that size that a picture is cut into,
+            besides an overview of the whole; (1, 1) is the whole picture once.
+        fit: "pad" to a square with black first (as the models are used by Apple's predict.py), or
+            "crop" the centre.
+        feature_cache: where to remember encoded pictures, so that a further question about one
+            costs no encoder run: bytes of memory, a directory (which also outlives the process), a
+            `FeatureCache`, or None for nowhere (to measure the encoder, for example).
+        revision: branch, tag or commit on the Hub.
+        allow_private_urls: let picture URLs point into private networks.
+        announce: gets one line (size, licence) before a download.
+        progress: is told (tensors loaded, tensors in all).
+
+    Raises OptionError, CheckpointError or HubError.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    if quantize is not None and quantize not in (2, 3, 4, 5, 6, 8):
+        raise OptionError(f"quantize is {quantize!r}; expected 2, 3, 4, 5, 6 or 8 bits.")
+    if image_size is not None:
+        check_image_size(image_size)
+    check_grid(tiles)
+    if fit not in ("pad", "crop"):
+        raise OptionError(f"fit is {fit!r}; expected 'pad' or 'crop'.")
+    cache = as_feature_cache(feature_cache)
+    on_gpu = mx.default_device() == mx.gpu
+    if mx.metal.is_available():
+        # Once, so that macOS keeps the weights resident; 15 and later, a no-op before.
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    with checkpoint_folder(model or default_model(), revision, announce) as folder:
+        loaded = load_checkpoint(
+            folder,
+            dtype=DTYPES[dtype] if dtype else (mx.bfloat16 if on_gpu else mx.float32),
+            vision_dtype=DTYPES[dtype] if dtype else (mx.float16 if on_gpu else mx.float32),
+            keep_quantized=on_gpu,
+            progress=progress,
+        )
+    if quantize is not None:
+        for part in (loaded.network.language_model, loaded.network.projector):
+            quantize_linears(part, quantize, keep_packed=on_gpu)
+        mx.eval(loaded.network.parameters())
+    return FastVLM(
+        loaded,
+        image_size=image_size,
+        tiles=tiles,
+        fit=fit,
+        feature_cache=cache,
+        allow_private_urls=allow_private_urls,
+    )
