@@ -1,112 +1,39 @@
-"""The report: its numbers are the record's, its words are harmless, its files reproducible."""
+"""The report's numbers are the record's, in tables and in figures."""
 
 import dataclasses
-import html.parser
 import json
-import re
-import sys
-import xml.etree.ElementTree as ET
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastvlm_mlx.benchmarks.paper import FIGURE_1A
-from fastvlm_mlx.benchmarks.record import (
-    Conditions,
-    Machine,
-    Measurement,
-    Operation,
-    Record,
-    Skipped,
-    Software,
-    Subject,
-    write_record,
-)
+from fastvlm_mlx.benchmarks.record import Conditions, Record, Skipped, Subject
 from fastvlm_mlx.benchmarks.reporting.contents import compose
-from fastvlm_mlx.benchmarks.reporting.document import Document, Section
+from fastvlm_mlx.benchmarks.reporting.document import Document
 from fastvlm_mlx.benchmarks.reporting.markdown import to_markdown
 from fastvlm_mlx.benchmarks.reporting.nano import read_evaluation
-from fastvlm_mlx.benchmarks.reporting.page import to_html
+from fastvlm_mlx.benchmarks.reporting.plots import Ratios
 from fastvlm_mlx.benchmarks.reporting.words import duration, milliseconds
-from fastvlm_mlx.benchmarks.reporting.writing import write_report
-from fastvlm_mlx.cli import main
-from fastvlm_mlx.errors import BenchmarkError
-
-PARTS = ("load_image", "preprocess", "encode", "prefill", "first_token")
-NASTY = "<script>alert(1)</script>\"'&|`*_[x](http://x.y)\n-->$x_1$]]>\ud800\u202e"
-SIZES = Path(__file__).resolve().parents[1] / "training/nano/results/sizes-200-scenes.json"
-
-
-def measured(kind: str, size: int | None, seconds: dict[str, Any], **more: Any) -> Measurement:
-    empty = {f.name: None for f in dataclasses.fields(Measurement) if f.name != "notes"}
-    known = {"kind": kind, "implementation": "fastvlm-mlx", "image_size": size, "seconds": seconds}
-    return Measurement(**empty | known | more)
-
-
-def encoder(size: int, median: float) -> Measurement:
-    return measured("encoder", size, {"tower": (median, 0.9 * median, 1.2 * median)})
-
-
-def ttft(size: int, *parts: float, felt: float, paper: float) -> Measurement:
-    seconds = {name: (part,) * 3 for name, part in zip(PARTS, parts, strict=True)}
-    seconds |= {"felt": (felt, felt, 1.5 * felt), "paper": (0.5 * paper, paper, paper)}
-    return measured(
-        "ttft", size, seconds, image_tokens=(size // 64) ** 2, peak_memory=1_500_000_000
-    )
-
-
-def a_record(*measurements: Measurement, **more: Any) -> Record:
-    plain: dict[str, Any] = {
-        "date": "2026-11-20T12:00:00+00:00",
-        "command": ("bench", "all", "--json", "a file.json"),
-        "machine": Machine("A chip", 8, "A GPU", 10, 1 << 34, "macOS 26.0, arm64", "Metal"),
-        "conditions": Conditions("mains", False, 0.4),
-        "software": Software("0.1.0", None, "3.12.0", "0.32.4", "0.32.2", "Accelerate", None),
-        "subject": Subject(
-            "random 0.5b",
-            {"vision": 122_710_000, "language_model": 494_000_000},
-            "bfloat16",
-            "float16",
-            None,
-            (Operation("gelu", "plain"),),
-        ),
-        "measurements": measurements,
-    }
-    return Record(**plain | more)
+from tests.records import PARTS, SIZES, a_record, encoder, full_record, measured, rows, section
 
 
 @pytest.fixture
 def full() -> Record:
-    return a_record(
-        encoder(512, 0.0301),
-        ttft(512, 0.004, 0.0151, 0.031, 0.05, 0.001, felt=0.1013, paper=0.08125),
-        encoder(1024, 0.1162),
-        ttft(1024, 0.004, 0.02, 0.12, 0.06, 0.001, felt=1.2345, paper=0.1668),
-        encoder(1536, 0.25),
-        ttft(1536, 0.004, 0.02, 0.26, 0.13, 0.001, felt=0.43, paper=0.39),
-        measured("decode", None, {"token": (0.004, 0.004, 0.005)}),
-    )
-
-
-def section(document: Document, name: str) -> Section:
-    return next(s for s in document.sections if s.name == name)
-
-
-def rows(found: Section) -> dict[str, tuple[str, ...]]:
-    return {row[0]: row[1:] for row in found.tables[0].rows}
+    return full_record()
 
 
 def test_table_has_the_records_numbers(full: Record) -> None:
     document = compose([full])
-    rest = ("–", "1.50")
     assert rows(section(document, "latency")) == {
-        "512 px": ("64", "30.1 (27.1 to 36.1)", "81.2 (40.6 to 81.2)", "101 (101 to 152)", *rest),
+        "512 px": ("64", "30.1 (27.1 to 36.1)", "81.2 (40.6 to 81.2)", "101 (101 to 152)", "1.50"),
         "1024 px": (
-            "256", "116 (105 to 139)", "167 (83.4 to 167)", "1,234 (1,234 to 1,852)", *rest,
+            "256", "116 (105 to 139)", "167 (83.4 to 167)", "1,234 (1,234 to 1,852)",
+            "1.50",
         ),
-        "1536 px": ("576", "250 (225 to 300)", "390 (195 to 390)", "430 (430 to 645)", *rest),
+        "1536 px": ("576", "250 (225 to 300)", "390 (195 to 390)", "430 (430 to 645)", "1.50"),
     }  # fmt: skip
+    decoding = "Decoding: 250 tokens/s (200 to 250) after a prompt of 280 positions."
+    assert decoding in section(document, "latency").notes
     assert [fact.value for fact in document.facts] == ["116 ms", "167 ms", "1.23 s", "250 tokens/s"]
     assert rows(section(document, "ttft-parts"))["512 px"] == (
         "4.00", "15.1", "31.0", "50.0", "1.00", "101 (101 to 152)", "3",
@@ -224,148 +151,7 @@ def test_published_labels_do_not_cover_one_another() -> None:
             assert not box.overlaps(other)
 
 
-class _Page(html.parser.HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.texts: dict[str, str] = {}
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        tag = self.tags[-1] if self.tags else ""
-        self.texts[tag] = self.texts.get(tag, "") + data
-
-    def values(self, name: str) -> list[str]:
-        return [value for key, value in self.attributes if key == name]
-
-
-def nasty_record(full: Record) -> Record:
-    return dataclasses.replace(
-        full,
-        machine=dataclasses.replace(full.machine, chip=NASTY, gpu=NASTY, system=NASTY),
-        subject=dataclasses.replace(full.subject, model=NASTY, parameters={NASTY: 1}),
-        software=dataclasses.replace(full.software, mlx=NASTY, peers={NASTY: NASTY}),
-        command=("bench", NASTY),
-        date=NASTY,
-        skipped=(Skipped(NASTY, 256, NASTY),),
-        measurements=(
-            *full.measurements,
-            measured("encoder", 512, {"tower": (1.0,), NASTY: (1.0,)}, implementation=NASTY),
-            measured(NASTY, None, {NASTY: (1.0,)}, notes=(NASTY,)),
-        ),
-    )
-
-
-def test_a_record_cannot_write_markup(full: Record) -> None:
-    bad = nasty_record(full)
-    page = _Page(to_html(compose([bad]), {}))
-    assert "script" not in page.tags
-    assert set(page.tags) <= set(_Page(to_html(compose([full]), {})).tags) | {"ul", "li"}
-    assert (
-        "<script>alert(1)</script>\"'&|`*_[x](http://x.y) -->$x_1$]]>\ufffd\ufffd"
-        in (page.texts["h1"])
-    )
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
-    text = to_markdown(compose([bad]), {})
-    prose, _, code = text.partition("\n```")
-    assert "<" not in prose and code.endswith("```\n") and code.count("```") == 1
-    tables = [line for line in text.splitlines() if line.startswith("| ")]
-    good = [line for line in to_markdown(compose([full]), {}).splitlines() if line.startswith("| ")]
-    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
-    assert columns == {len(re.findall(r"(?<!\\)\|", line)) for line in good} | {7}
-    assert not re.search(r"(?<!\\)\[x", prose), "no link"
-    text.encode()
-
-
-def test_the_pages_figures_are_well_formed_and_names_stay_names(
-    full: Record, tmp_path: Path
-) -> None:
-    pytest.importorskip("matplotlib")
-    bad = nasty_record(full)
-    again = dataclasses.replace(bad, measurements=full.measurements)
-    paths = write_report(compose([bad, again], read_evaluation(SIZES)), tmp_path)
-    pictures = [path for path in paths if path.suffix == ".svg"]
-    assert len(pictures) == len({path.name for path in pictures}) == 5
-    for path in pictures:
-        text = path.read_text()
-        ET.fromstring(text)  # well formed
-        assert "script" not in text and "<!--" not in text and "alert" not in text
-    page = _Page((tmp_path / "index.html").read_text())
-    assert "script" not in page.tags and page.tags.count("svg") == 5
-    ids = page.values("id")
-    assert len(ids) == len(set(ids)), "several figures share the page"
-    links = [*page.values("href"), *page.values("xlink:href")]
-    assert links and all(link.startswith("#") and link[1:] in ids for link in links)
-
-
-def test_the_page_needs_nothing_else(full: Record, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    write_report(compose([full]), tmp_path)
-    text = (tmp_path / "index.html").read_text()
-    page = _Page(text)
-    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & set(page.tags)
-    assert not page.values("src") and "@import" not in text
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", text))
-    assert "default-src 'none'" in page.values("content")[0]
-    assert page.tags.count("figure") == page.tags.count("figcaption") == 3
-    labels = [value for value in page.values("aria-label") if "table that follows" in value]
-    assert len(labels) == 3
-    assert page.tags.count("table") == page.tags.count("caption")
-    assert set(page.values("scope")) == {"col", "row"}
-    for path in (tmp_path / "figures").glob("*.png"):
-        assert path.stat().st_size < 150_000
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["fastvlm", "bench", "report", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
-def test_the_same_records_give_the_same_files(full: Record, tmp_path: Path) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
-    document = compose([dataclasses.replace(full, measurements=(encoder(512, 0.1),))])
-    first = {p.name: p.read_bytes() for p in write_report(document, tmp_path / "1")}
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "figure.dpi": 300}):
-        second = {p.name: p.read_bytes() for p in write_report(document, tmp_path / "2")}
-        assert matplotlib.rcParams["font.size"] == 30, "the user's settings are left alone"
-    assert first == second
-
-
-def test_without_matplotlib_the_tables_are_written(
-    full: Record,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for name in list(sys.modules):
-        if name.partition(".")[0] == "matplotlib":
-            monkeypatch.delitem(sys.modules, name)
-    for name in ("canvas", "figures", "labels"):
-        monkeypatch.delitem(sys.modules, f"fastvlm_mlx.benchmarks.reporting.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    write_record(full, tmp_path / "a.json")
-    assert run(monkeypatch, str(tmp_path / "a.json"), "--out", str(tmp_path / "out")) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1
-    assert 'pip install "fastvlm-mlx[bench]"' in told.err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["index.html", "report.md"]
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "30.1 (27.1 to 36.1)" in text and "![" not in text
-    assert run(monkeypatch, str(tmp_path / "a.json")) == 0, "tables alone need no matplotlib"
-    assert capsys.readouterr().out == text
-
-
-def test_one_size_and_one_kind_make_a_report_that_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_one_size_and_one_kind_make_a_report_that_says_what_is_missing() -> None:
     record = a_record(
         encoder(256, 0.1),
         skipped=(Skipped("ttft", 1024, "does not fit: needs 9 GB, has 8 GB"),),
@@ -428,42 +214,90 @@ def test_peers_are_set_beside_this_library() -> None:
     )
 
 
-def test_unusable_files_are_one_line_and_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_record(a_record(encoder(256, 0.1)), tmp_path / "good.json")
-    document = json.loads((tmp_path / "good.json").read_text())
-    folder = tmp_path / "several"
-    write_record(a_record(encoder(256, 0.1)), folder / "a.json")
-    (folder / "b.json").write_text(json.dumps({**document, "version": 99}))
-    (tmp_path / "empty").mkdir()
-    for arguments, code, words in (
-        ((str(folder),), 1, "has version 99"),
-        ((str(tmp_path / "none.json"),), 1, "Cannot read"),
-        ((str(tmp_path / "empty"),), 2, "has no .json file"),
-        ((), 2, "Nothing to report"),
-        (("--nano", str(tmp_path / "good.json")), 1, "training.nano.evaluate"),
-    ):
-        assert run(monkeypatch, *arguments, "--out", str(tmp_path / "out")) == code
-        told = capsys.readouterr()
-        assert told.err.count("\n") == 1 and words in told.err and told.out == ""
-    assert not (tmp_path / "out").exists()
+def claims_record() -> Record:
+    """85x with both sides, 6.9x with one missing, 7.9x with a side that is an estimate."""
+    pieces = {
+        ("encoder", "fastvlm-mlx", 1024): 0.2,
+        ("prefill", "Qwen2-0.5B", 256): 0.05,
+        ("encoder", "SigLIP-SO400M", 1152): 4.0,
+        ("prefill", "Qwen2-0.5B", 7290): 6.0,
+        ("encoder", "ViT-L/14", 224): 0.1,
+    }
+    found = []
+    for (kind, who, size), seconds in pieces.items():
+        note = ("estimate: 2 of 24 layers",) if size == 7290 else ()
+        where = (size, None) if kind == "encoder" else (None, size)
+        part = "tower" if kind == "encoder" else "prefill"
+        one = measured(kind, where[0], {part: (seconds,)}, implementation=who, notes=note)
+        found.append(dataclasses.replace(one, image_tokens=where[1]))
+    counts = {"FastViTHD": 122_710_000, "SigLIP-SO400M": 412_000_000}
+    subject = Subject("random weights, shapes of the paper", counts, "float32", "float32", None, ())
+    return a_record(*found, subject=subject)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"sizes": {}}, "no sizes"),
-        ({"sizes": {"big": {}}}, "'big' is not a size"),
-        ({"sizes": {"256": {"text": 1.5}}}, "not a share"),
-        ({"sizes": {"256": {"TTFT, ms (median)": float("nan")}}}, "not milliseconds"),
-        ({"sizes": {"256": {"text": True}}}, "not a share"),
-        ({"sizes": [1]}, "'sizes' is [1]"),
-        ({"model": 3}, "'model' is 3"),
-    ],
-)
-def test_an_odd_evaluation_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    path = tmp_path / "sizes.json"
-    path.write_text(json.dumps({**json.loads(SIZES.read_text()), **change}))
-    with pytest.raises(BenchmarkError, match=re.escape(words)):
-        read_evaluation(path)
+def test_claims_are_the_papers_ratio_beside_the_records() -> None:
+    document = compose([claims_record()])
+    assert "latency" not in {s.name for s in document.sections}, "one table of a claims record"
+    claims = section(document, "claims")
+    table = rows(claims)
+    assert table["85x"] == (
+        "LLaVA-OneVision-0.5B / FastVLM 0.5B", "14,123.8", "166.8", "84.68", "~10,000.0", "250.0",
+        "~40.00",
+    )  # fmt: skip
+    assert table["166 ms"] == ("FastVLM 0.5B", "166.8", "–", "–", "250.0", "–", "–")
+    assert table["3.4x smaller"][-3:] == ("412.0", "122.7", "3.36")
+    assert table["6.9x"][-3:] == ("100.0", "–", "–"), "FastViTHD was not measured at 256"
+    assert any("2 of 24 layers" in note for note in claims.notes)
+    assert isinstance(claims.plot, Ratios)
+    drawn = {ratio.claim.partition("\n")[0]: ratio for ratio in claims.plot.ratios}
+    assert drawn["85x"].paper == pytest.approx(84.68, abs=0.01)
+    assert drawn["85x"].here == pytest.approx(40) and drawn["85x"].estimated
+    assert drawn["6.9x"].here is None
+    assert "166 ms" not in drawn and "3.4x smaller" not in drawn, "ratios of times alone"
+
+
+def test_claims_figure_draws_both_ratios() -> None:
+    figures = pytest.importorskip("fastvlm_mlx.benchmarks.reporting.figures")
+    plot = section(compose([claims_record()]), "claims").plot
+    (axes,) = figures.draw(plot).axes
+    points = {}
+    for line in axes.get_lines():
+        if line.get_marker() in "oD":
+            row = int(line.get_ydata()[0])
+            points[plot.ratios[row].claim.partition("\n")[0], line.get_marker()] = line
+    assert points["85x", "o"].get_xdata()[0] == pytest.approx(84.68, abs=0.01)
+    assert points["85x", "D"].get_xdata()[0] == pytest.approx(40)
+    assert points["85x", "D"].get_markerfacecolor() == "white", "an estimate is hollow"
+    assert ("6.9x", "D") not in points
+
+
+def roofline(size: int, encoder_floor: float, **more: Any) -> Record:
+    floors = {"stage1": (0.001,), "encoder": (encoder_floor,)}
+    times = {"stage1": (0.004, 0.004, 0.004), "encoder": (0.08, 0.09, 0.085)}
+    return a_record(
+        measured("roofline", size, times),
+        measured(
+            "roofline", size, floors, implementation="limit",
+            notes=("100 GFLOP/s and 20 GB/s at most; measured here",),
+        ),
+        **more,
+    )  # fmt: skip
+
+
+def test_the_limit_is_drawn_under_the_encoder_it_belongs_to(full: Record) -> None:
+    elsewhere = dataclasses.replace(full.machine, chip="other")
+    document = compose(
+        [full, roofline(1024, 0.0581), roofline(512, 0.02), roofline(1536, 0.1, machine=elsewhere)]
+    )
+    drawn = lines("encoder", document)
+    assert drawn["limit"] == ([512, 1024], pytest.approx([20, 58.1])), "the other machine's is not"
+    table = {row[1]: row[2:] for row in section(document, "encoder").tables[0].rows[:3]}
+    assert table["1024 px"] == ("116 (105 to 139)", "58.1", "50%")
+    assert table["1536 px"] == ("250 (225 to 300)", "–", "–")
+    assert "100 GFLOP/s" in section(document, "encoder").plot.footnote  # type: ignore[union-attr]
+    parts = section(document, "roofline").tables[0].rows
+    assert parts == (
+        ("stage1", "1.00", "4.00 (4.00 to 4.00)", "25%"),
+        ("encoder", "58.1", "85.0 (80.0 to 90.0)", "68%"),
+    )
+    assert "latency-2" not in {s.name for s in document.sections}

@@ -2,14 +2,15 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..record import Machine, Record
-from .document import Document, Section, Table
+from .claims import claims_section
+from .document import Document, Fact, Section, Table
+from .encoder import encoder_section, roofline_section
 from .latency import (
     by_size,
-    encoder_section,
     everything,
     facts,
     parts_section,
@@ -17,7 +18,15 @@ from .latency import (
 )
 from .nano import Evaluation, nano_section
 from .published import encoders_section, models_section
-from .words import circumstances, gigabytes, language_model, machine_name, run_names
+from .words import (
+    circumstances,
+    gigabytes,
+    has_fastvithd,
+    language_model,
+    machine_name,
+    role,
+    run_names,
+)
 
 __all__ = ["compose"]
 
@@ -27,37 +36,65 @@ _KINDS = {
     "decode": "fastvlm bench decode",
     "memory": "fastvlm bench memory",
     "cold_start": "fastvlm bench all",
+    "roofline": "fastvlm bench roofline",
+    "prefill": "fastvlm bench claims",
 }
 """What a full report measures, and what measures it."""
 
 
 def compose(records: Sequence[Record], evaluation: Evaluation | None = None) -> Document:
     """The report of some runs, of an evaluation of nano, or of both."""
-    names = run_names(records)
-    runs = list(zip(records, names, strict=True))
-    sections: list[Section | None] = [by_size(*run) for run in runs]
+    plain, claims, peers, rooflines = (
+        _named(r for r in records if role(r) == kind)
+        for kind in ("", "claims", "peers", "roofline")
+    )
+    measured = [record for record, _ in plain]
+    sections: list[Section | None] = [by_size(*run) for run in plain]
     if records:
-        sections.append(encoders_section(records, names))
-        if any(language_model(r) not in (None, "Qwen2-0.5B") for r in records):
-            sections.append(models_section(records, names))
-    sections += [parts_section(*run) for run in runs]
-    sections.append(encoder_section(records, names))
-    sections += [peers_section(*run) for run in runs]
+        sections.append(encoders_section(measured))
+    if any(language_model(r) not in (None, "Qwen2-0.5B") for r in measured):
+        sections.append(models_section(measured))
+    sections += [claims_section(*run) for run in claims]
+    sections += [parts_section(*run) for run in plain]
+    sections.append(encoder_section(measured, [record for record, _ in rooflines]))
+    sections += [roofline_section(*run) for run in rooflines]
+    sections += [peers_section(*run) for run in (*plain, *peers)]
     if evaluation:
         sections.append(nano_section(evaluation))
+    runs = _named(records)
     if records:
         sections.append(_machines(runs))
     sections += [everything(*run) for run in runs]
-    machines = list(dict.fromkeys(machine_name(r.machine) for r in records))
-    models = list(dict.fromkeys(r.subject.model for r in records))
     return Document(
-        title=f"FastVLM ({', '.join(models)}) on {' and '.join(machines)}" if records else "nano",
+        title=_title(records, measured),
         subtitle="; ".join(map(circumstances, records)) or (evaluation.where if evaluation else ""),
-        facts=facts(records[0]) if len(records) == 1 else (),
+        facts=_facts(plain),
         sections=_with_own_names([section for section in sections if section]),
         missing=tuple(_missing(runs, evaluation)),
         commands=tuple(dict.fromkeys(_command(r) for r in records)),
     )
+
+
+def _named(records: Iterable[Record]) -> list[tuple[Record, str]]:
+    chosen = list(records)
+    return list(zip(chosen, run_names(chosen), strict=True))
+
+
+def _title(records: Sequence[Record], measured: Sequence[Record]) -> str:
+    if not records:
+        return "nano: accuracy and latency"
+    models = list(dict.fromkeys(record.subject.model for record in measured))
+    machines = list(dict.fromkeys(machine_name(record.machine) for record in records))
+    which = f" ({models[0]})" if len(models) == 1 else ""
+    return f"FastVLM{which} on {' and '.join(machines)}"
+
+
+def _facts(runs: Sequence[tuple[Record, str]]) -> tuple[Fact, ...]:
+    """Of the run with the published encoder, if there is one, else of the first."""
+    for record, name in sorted(runs, key=lambda run: not has_fastvithd(run[0])):
+        if found := facts(record, name if len(runs) > 1 else ""):
+            return found
+    return ()
 
 
 def _command(record: Record) -> str:
@@ -86,7 +123,8 @@ def _missing(runs: list[tuple[Record, str]], evaluation: Evaluation | None) -> l
     skipped_kinds = {s.kind for record, _ in runs for s in record.skipped}
     for kind, command in _KINDS.items():
         if kind not in measured | skipped_kinds:
-            lines.append(f"{kind.replace('_', ' ')}: no record has it; `{command} --json` does")
+            what = "claims" if kind == "prefill" else kind.replace("_", " ")
+            lines.append(f"{what}: no record has it; `{command} --json` does")
     if evaluation is None:
         lines.append(
             "nano's accuracy over input sizes: `python -m training.nano.evaluate --json FILE`, "

@@ -147,7 +147,7 @@ def _bars(plot: Bars) -> Figure:
 @_draw.register
 def _ratios(plot: Ratios) -> Figure:
     rows = len(plot.ratios)
-    figure, axes = new_axes(plot.title, plot.subtitle, plot.footnote, 0.42 * rows + 0.4, left=2.7)
+    figure, axes = new_axes(plot.title, plot.subtitle, plot.footnote, 0.5 * rows + 0.4, left=2.9)
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
     values = [v for r in plot.ratios for v in (r.paper, r.here, *(r.interval or ())) if v]
@@ -165,7 +165,11 @@ def _ratios(plot: Ratios) -> Figure:
         ends = [(ratio.paper, BLUE)]
         if ratio.here is not None:
             axes.plot((ratio.paper, ratio.here), (row, row), color=PALE, linewidth=2, zorder=0.9)
-            axes.plot((ratio.here,), (row,), "D", color=VERMILION, markersize=7)
+            filling = "white" if ratio.estimated else VERMILION
+            axes.plot(
+                (ratio.here,), (row,), "D", color=VERMILION, markersize=7, markerfacecolor=filling,
+                label=ratio.claim,
+            )  # fmt: skip
             if ratio.interval:
                 axes.plot(ratio.interval, (row, row), color=VERMILION, linewidth=1)
             ends.append((ratio.here, VERMILION))

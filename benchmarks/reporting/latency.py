@@ -1,21 +1,18 @@
-"""Sections of what was measured here: by input size, part by part, and beside others."""
+"""Sections of what was measured here: by input size, part by part, beside others, all of it."""
 
-from collections.abc import Sequence
-
-from ..paper import ENCODERS
 from ..record import OURS, Measurement, Record
 from .document import Fact, Section, Table
-from .plots import Bar, Bars, Curve, Curves, Dot
-from .words import circumstances, duration, gigabytes, has_fastvithd, interval, milliseconds, of_run
+from .plots import Bar, Bars
+from .words import circumstances, duration, gigabytes, interval, milliseconds, of_run
 
 __all__ = [
     "PARTS",
     "by_size",
-    "encoder_section",
     "everything",
     "facts",
     "parts_section",
     "peers_section",
+    "sizes_of",
 ]
 
 PARTS = ("load_image", "preprocess", "encode", "prefill", "first_token")
@@ -46,8 +43,12 @@ def median(measurement: Measurement | None, part: str) -> float | None:
     return measurement.summaries[part].median
 
 
-def facts(record: Record) -> tuple[Fact, ...]:
-    """What to see first: the figures at 1024 pixels or, without that, at the largest size."""
+def facts(record: Record, name: str = "") -> tuple[Fact, ...]:
+    """What to see first: the figures at 1024 pixels or, without that, at the largest size.
+
+    `name` says whose they are where the report has several runs.
+    """
+    whose = f"{name}: " if name else ""
     found = []
     for kind, part, meaning in (
         ("encoder", "tower", "encoder"),
@@ -58,21 +59,20 @@ def facts(record: Record) -> tuple[Fact, ...]:
         size = 1024 if 1024 in sizes else max(sizes, default=None)
         seconds = median(record.find(kind, size), part)
         if seconds is not None:
-            found.append(Fact(duration(1000 * seconds), f"{meaning}, {size} px"))
+            found.append(Fact(duration(1000 * seconds), f"{whose}{meaning}, {size} px"))
     if (seconds := median(record.find("decode"), "token")) is not None:
-        found.append(Fact(f"{1 / seconds:.3g} tokens/s", "decoding"))
+        found.append(Fact(f"{1 / seconds:.3g} tokens/s", f"{whose}decoding"))
     return tuple(found)
 
 
 def by_size(record: Record, name: str) -> Section | None:
     """One row per input size: the table to quote."""
     rows = []
-    for size in sizes_of(record, *("encoder", "ttft", "decode", "memory")):
+    for size in sizes_of(record, "encoder", "ttft", "memory"):
         encoder, ttft = record.find("encoder", size), record.find("ttft", size)
-        decode, memory = record.find("decode", size), record.find("memory", size)
+        memory = record.find("memory", size) or ttft
         tokens = next((m.image_tokens for m in (encoder, ttft) if m and m.image_tokens), None)
-        token = median(decode, "token")
-        peaks = [m.peak_memory for m in (memory, ttft, decode) if m and m.peak_memory]
+        peak = memory.peak_memory if memory else None
         rows.append(
             (
                 f"{size} px",
@@ -81,14 +81,19 @@ def by_size(record: Record, name: str) -> Section | None:
                     interval(m.summaries[part]) if m and part in m.seconds else _DASH
                     for m, part in ((encoder, "tower"), (ttft, "paper"), (ttft, "felt"))
                 ),
-                f"{1 / token:.3g}" if token else _DASH,
-                gigabytes(max(peaks)) if peaks else _DASH,
+                gigabytes(peak) if peak else _DASH,
             )
         )
     if not rows:
         return None
     notes = [_FELT]
-    cold = record.find("cold_start")
+    decode, cold = record.find("decode"), record.find("cold_start")
+    if decode and "token" in decode.seconds:
+        s = decode.summaries["token"]
+        notes.append(
+            f"Decoding: {1 / s.median:.3g} tokens/s ({1 / s.high:.3g} to {1 / s.low:.3g}) after a "
+            f"prompt of {decode.prompt_tokens} positions."
+        )
     if cold and "first_text" in cold.seconds:
         first = interval(cold.summaries["first_text"])
         notes.append(f"Cold start, from starting the process to the first text: {first} ms.")
@@ -106,7 +111,6 @@ def by_size(record: Record, name: str) -> Section | None:
                     "encoder, ms",
                     "TTFT as in the paper, ms",
                     "TTFT as felt, ms",
-                    "decoding, tokens/s",
                     "peak memory, GB",
                 ),
                 tuple(rows),
@@ -116,8 +120,8 @@ def by_size(record: Record, name: str) -> Section | None:
     )
 
 
-def disturbances(record: Record) -> list[str]:
-    """What a reader must know before quoting the run."""
+def disturbances(record: Record, notes: bool = True) -> list[str]:
+    """What a reader must know before quoting the run; `notes`: also each measurement's own."""
     lines = []
     if not record.finished:
         lines.append("The run was interrupted or failed in part; what it had measured is shown.")
@@ -138,8 +142,9 @@ def disturbances(record: Record) -> list[str]:
                 f"{m.kind}{at}, {m.implementation}: the last third of the repeats took "
                 f"{100 * m.drift.change:+.0f}% against the first."
             )
-        at = f" at {m.image_size} px" if m.image_size else ""
-        lines += [f"{m.kind}{at}, {m.implementation}: {note}" for note in m.notes]
+        if notes:
+            at = f" at {m.image_size} px" if m.image_size else ""
+            lines += [f"{m.kind}{at}, {m.implementation}: {note}" for note in m.notes]
     return lines
 
 
@@ -187,57 +192,6 @@ def parts_section(record: Record, name: str) -> Section | None:
                 tuple(rows),
             ),
         ),
-    )
-
-
-def encoder_section(records: Sequence[Record], names: Sequence[str]) -> Section | None:
-    """FastViTHD's latency over input sizes, the paper's beside it."""
-    curves, rows = [], []
-    for record, name in zip(records, names, strict=True):
-        measured = [
-            (size, m.summaries["tower"])
-            for size in sizes_of(record, "encoder")
-            if (m := record.find("encoder", size)) and "tower" in m.seconds
-        ]
-        if not measured:
-            continue
-        dots = tuple(
-            Dot(
-                float(size),
-                1000 * s.median,
-                duration(1000 * s.median),
-                y_interval=(1000 * s.low, 1000 * s.high),
-            )
-            for size, s in measured
-        )
-        curves.append(Curve(name, dots, "here"))
-        rows += [(name, f"{size} px", interval(s)) for size, s in measured]
-    if not curves:
-        return None
-    theirs = [r for r in ENCODERS if r.encoder == "FastViTHD" and r.tiles == 1 and r.side > 224]
-    note = ""
-    if any(has_fastvithd(record) for record in records):
-        dots = tuple(Dot(float(r.side), r.milliseconds) for r in theirs)
-        curves.append(Curve("FastViTHD, paper (M1 Max)", dots, "paper"))
-        rows += [("paper, M1 Max", f"{r.side} px", f"{r.milliseconds:g}") for r in theirs]
-        note = (
-            " The paper's points (Table 10) are from its own machine, an M1 Max, by Core ML on "
-            "the Neural Engine."
-        )
-    return Section(
-        "encoder",
-        "Encoder latency by input size",
-        "One picture, pixels on the device to features.",
-        Curves(
-            "Encoder latency by input size",
-            "; ".join(circumstances(record) for record in records if record.find("encoder")),
-            "input side, pixels",
-            "latency, logarithmic",
-            tuple(curves),
-            f"Medians with their 95% confidence intervals.{note}",
-            y_milliseconds=True,
-        ),
-        (Table("Encoder latency, ms", ("where", "input", "latency, ms"), tuple(rows), words=2),),
     )
 
 

@@ -82,6 +82,8 @@ class Ratio:
     paper: float
     here: float | None
     interval: tuple[float, float] | None = None
+    estimated: bool = False
+    """Scaled up from a part that was measured."""
 
 
 @dataclass(frozen=True)

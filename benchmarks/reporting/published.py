@@ -7,7 +7,7 @@ from ..record import Record
 from .document import Section, Table
 from .latency import sizes_of
 from .plots import Curve, Curves, Dot
-from .words import circumstances, interval, language_model
+from .words import circumstances, interval, language_model, run_names
 
 __all__ = ["encoders_section", "models_section"]
 
@@ -21,7 +21,7 @@ _DATA = "15+1.1"
 """Training data (millions of samples) of the rows of Table 6 that are compared."""
 
 
-def encoders_section(records: Sequence[Record], names: Sequence[str]) -> Section:
+def encoders_section(records: Sequence[Record]) -> Section:
     """Figure 1a: encoders in front of Qwen2-0.5B, and FastVLM's points as timed here."""
     published: dict[str, list[Dot]] = {}
     for point in FIGURE_1A:
@@ -29,7 +29,7 @@ def encoders_section(records: Sequence[Record], names: Sequence[str]) -> Section
         published.setdefault(point.encoder, []).append(dot)
     ours = {int(dot.label): dot for dot in published.pop("FastViTHD")}
     accuracy = {side: dot.y for side, dot in ours.items()}
-    here = _measured_curves(records, names, "Qwen2-0.5B", accuracy)
+    here = _measured_curves(records, "Qwen2-0.5B", accuracy)
     curves = [_curve(name, dots, "other") for name, dots in published.items()]
     curves.append(_curve("FastVLM, paper (M1 Max)", list(ours.values()), "paper"))
     rows = [
@@ -67,7 +67,7 @@ def encoders_section(records: Sequence[Record], names: Sequence[str]) -> Section
 _HERE = " Filled diamonds: timed on the machine named above."
 
 
-def models_section(records: Sequence[Record], names: Sequence[str]) -> Section:
+def models_section(records: Sequence[Record]) -> Section:
     """Table 6: FastVLM's language models, trained on the same data, and LLaVA-1.5."""
     groups: dict[str, list[ModelRow]] = {}
     for row in MODELS:
@@ -85,7 +85,7 @@ def models_section(records: Sequence[Record], names: Sequence[str]) -> Section:
         ]
     for name, group in groups.items():
         accuracy = {r.side: r.avg5 for r in group if r.side and r.avg5 is not None}
-        for curve, some in _measured_curves(records, names, name, accuracy):
+        for curve, some in _measured_curves(records, name, accuracy):
             curves.append(curve)
             rows += [(*row, _DASH) for row in some]
     here = any(curve.look == "here" for curve in curves)
@@ -135,13 +135,12 @@ def _curve(name: str, dots: list[Dot], look: str) -> Curve:
 
 
 def _measured_curves(
-    records: Sequence[Record], names: Sequence[str], language: str, accuracy: dict[int, float]
+    records: Sequence[Record], language: str, accuracy: dict[int, float]
 ) -> list[tuple[Curve, list[tuple[str, ...]]]]:
     """FastVLM with that language model as timed in each run, and the rows of a table."""
     found: list[tuple[Curve, list[tuple[str, ...]]]] = []
-    for record, name in zip(records, names, strict=True):
-        if language_model(record) != language:
-            continue
+    runs = [r for r in records if language_model(r) == language and r.find("ttft")]
+    for record, name in zip(runs, run_names(runs), strict=True):
         dots: list[Dot] = []
         rows: list[tuple[str, ...]] = []
         for side in sizes_of(record, "ttft"):

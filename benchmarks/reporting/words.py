@@ -15,6 +15,7 @@ __all__ = [
     "machine_name",
     "milliseconds",
     "of_run",
+    "role",
     "run_names",
     "visible",
     "where",
@@ -105,18 +106,30 @@ def of_run(title: str, name: str) -> str:
     return title if name == _HERE else f"{title}: {name}"
 
 
+def role(record: Record) -> str:
+    """What the run was for: "claims", "peers", "roofline"; "" if it is a plain measurement."""
+    kinds = {m.kind for m in record.measurements}
+    if "prefill" in kinds or "FastViTHD" in record.subject.parameters:
+        return "claims"
+    if record.software.peers:
+        return "peers"
+    return "roofline" if kinds == {"roofline"} else ""
+
+
 def run_names(records: Sequence[Record]) -> list[str]:
     """A short name for each run, as long as it must be to tell them apart."""
     if len(records) == 1:
         return [_HERE]
+    models = [f"{r.subject.model} {role(r)}".strip() for r in records]
+    machines = [machine_name(r.machine) for r in records]
     candidates = (
         [r.machine.gpu or r.machine.chip or "unknown chip" for r in records],
-        [r.subject.model for r in records],
-        [machine_name(r.machine) for r in records],
-        [f"{r.subject.model}, {machine_name(r.machine)}" for r in records],
-        [f"{r.subject.model}, {r.subject.dtype}, {r.date[:16]}" for r in records],
+        models,
+        machines,
+        [f"{model}, {machine}" for model, machine in zip(models, machines, strict=True)],
+        [f"{m}, {r.subject.dtype}, {r.date[:16]}" for m, r in zip(models, records, strict=True)],
     )
     for names in candidates:
         if len(set(names)) == len(names):
             return names
-    return [f"{name} ({number})" for number, name in enumerate(candidates[3], 1)]
+    return [f"{name} ({number})" for number, name in enumerate(models, 1)]
