@@ -47,7 +47,7 @@ def encoder_section(records: Sequence[Record], rooflines: Sequence[Record]) -> S
                 Dot(
                     float(size),
                     1000 * s.median,
-                    duration(1000 * s.median) + (f", {share} of limit" if share else ""),
+                    duration(1000 * s.median) + (f" ({share})" if share else ""),
                     y_interval=(1000 * s.low, 1000 * s.high),
                 )
             )
@@ -61,6 +61,8 @@ def encoder_section(records: Sequence[Record], rooflines: Sequence[Record]) -> S
     if not curves:
         return None
     footnote = ["Medians with their 95% confidence intervals."]
+    if sources:
+        footnote.append("In brackets: the share of the limit that is reached.")
     footnote += [f"Limit: {source}." for source in sources]
     if any(map(has_fastvithd, runs)):
         theirs = [r for r in ENCODERS if r.encoder == "FastViTHD" and r.tiles == 1 and r.side > 224]
