@@ -38,7 +38,7 @@ def claims_section(record: Record, name: str) -> Section | None:
         Ratios(
             "The paper's claims, measured again",
             circumstances(record),
-            "how many times slower, larger or longer the other is",
+            "how many times longer the other takes",
             ratios,
             f"Medians; {'hollow diamonds are estimates from a part; ' if _guessed(ratios) else ''}"
             f"a missing diamond was not measured. The paper's points: {MACHINE}.",

@@ -44,6 +44,8 @@ _KINDS = {
 
 def compose(records: Sequence[Record], evaluation: Evaluation | None = None) -> Document:
     """The report of some runs, of an evaluation of nano, or of both."""
+    commands = tuple(dict.fromkeys(map(_command, records)))
+    records = _joined(records)
     plain, claims, peers, rooflines = (
         _named(r for r in records if role(r) == kind)
         for kind in ("", "claims", "peers", "roofline")
@@ -71,8 +73,20 @@ def compose(records: Sequence[Record], evaluation: Evaluation | None = None) -> 
         facts=_facts(plain),
         sections=_with_own_names([section for section in sections if section]),
         missing=tuple(_missing(runs, evaluation)),
-        commands=tuple(dict.fromkeys(_command(r) for r in records)),
+        commands=commands,
     )
+
+
+def _joined(records: Sequence[Record]) -> list[Record]:
+    """The runs, with rooflines of one model on one machine, one size each, as one."""
+    joined: dict[object, Record] = {}
+    for number, record in enumerate(records):
+        what = (record.machine, record.subject.model, record.subject.dtype, record.subject.bits)
+        key = what if role(record) == "roofline" else number
+        first = joined.get(key)
+        measurements = (*first.measurements, *record.measurements) if first else ()
+        joined[key] = replace(first, measurements=measurements) if first else record
+    return list(joined.values())
 
 
 def _named(records: Iterable[Record]) -> list[tuple[Record, str]]:

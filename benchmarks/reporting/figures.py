@@ -152,7 +152,7 @@ def _ratios(plot: Ratios) -> Figure:
     axes.spines["left"].set_visible(False)
     values = [v for r in plot.ratios for v in (r.paper, r.here, *(r.interval or ())) if v]
     axes.set_xscale("log")
-    axes.set_xlim(min(1.0, *values) / 1.3, max(values) * 2)
+    axes.set_xlim(min(1.0, *values) / 1.6, max(values) * 2)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
@@ -162,7 +162,7 @@ def _ratios(plot: Ratios) -> Figure:
     axes.axvline(1, color=PALE, linewidth=1, label="_guide")
     for row, ratio in enumerate(plot.ratios):
         axes.plot((ratio.paper,), (row,), "o", color=BLUE, markerfacecolor="white", markersize=8)
-        ends = [(ratio.paper, BLUE)]
+        ends = [(ratio.paper, BLUE, f"{ratio.paper:.3g}×")]
         if ratio.here is not None:
             axes.plot((ratio.paper, ratio.here), (row, row), color=PALE, linewidth=2, zorder=0.9)
             filling = "white" if ratio.estimated else VERMILION
@@ -172,11 +172,12 @@ def _ratios(plot: Ratios) -> Figure:
             )  # fmt: skip
             if ratio.interval:
                 axes.plot(ratio.interval, (row, row), color=VERMILION, linewidth=1)
-            ends.append((ratio.here, VERMILION))
-        for number, (value, colour) in enumerate(sorted(ends)):
+            about = "~" if ratio.estimated else ""
+            ends.append((ratio.here, VERMILION, f"{about}{ratio.here:.3g}×"))
+        for number, (value, colour, text) in enumerate(sorted(ends)):
             right = number == len(ends) - 1
             axes.annotate(
-                f"{value:.3g}×", (value, row), (8 if right else -8, 0),
+                text, (value, row), (8 if right else -8, 0),
                 textcoords="offset points", ha="left" if right else "right", va="center",
                 fontsize=9, color=colour,
             )  # fmt: skip
