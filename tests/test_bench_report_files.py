@@ -95,8 +95,9 @@ def test_the_pages_figures_are_well_formed_and_names_stay_names(
 ) -> None:
     pytest.importorskip("matplotlib")
     bad = nasty_record(full)
-    again = dataclasses.replace(bad, measurements=full.measurements)
-    paths = write_report(compose([bad, again], read_evaluation(SIZES)), tmp_path)
+    plain = dataclasses.replace(bad, software=dataclasses.replace(bad.software, peers={}))
+    again = dataclasses.replace(plain, measurements=full.measurements)
+    paths = write_report(compose([plain, again], read_evaluation(SIZES)), tmp_path)
     pictures = [path for path in paths if path.suffix == ".svg"]
     assert len(pictures) == len({path.name for path in pictures}) == 5
     for path in pictures:
