@@ -8,11 +8,12 @@ numbers have a fixed seed: the same two files always give the same answer.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .record import Measurement, Record
+from .record import Measurement, Operation, Record
 from .summary import CONFIDENCE
 
 __all__ = ["Change", "Comparison", "compare_records", "compare_times"]
@@ -162,17 +163,26 @@ def _name(key: _Key) -> str:
     return f"{kind}{at} ({implementation})"
 
 
+def _forms(these: Sequence[Operation], others: Sequence[Operation]) -> str:
+    own = [f"{o.op} {o.form}" for o in dict.fromkeys(these) if o not in others]
+    return ", ".join(own) or "those of the other"
+
+
 def _differences(before: Record, after: Record) -> list[str]:
     found = []
     for group in ("machine", "software", "subject", "conditions"):
         first, second = getattr(before, group), getattr(after, group)
         for field in fields(first):
-            a, b = getattr(first, field.name), getattr(second, field.name)
+            a: Any = getattr(first, field.name)
+            b: Any = getattr(second, field.name)
             if a == b or (group == "conditions" and field.name not in _CONDITIONS):
                 continue
             name = f"{group} {field.name.replace('_', ' ')}"
-            if field.name == "operations":
-                a, b = (", ".join(f"{o.op} {o.form}" for o in x if o not in y) or "the others"
-                        for x, y in ((a, b), (b, a)))  # fmt: skip
+            if field.name == "parameters":
+                a, b = (f"{sum(x.values()) / 1e6:.1f} M" for x in (a, b))
+            elif field.name == "operations":
+                if set(a) == set(b):
+                    continue
+                a, b = (_forms(a, b), _forms(b, a))
             found.append(f"{name}: {a} | {b}")
     return found

@@ -79,7 +79,8 @@ def device() -> str:
 def available_memory() -> int | None:
     """Bytes that a model may take now without swapping: the GPU's, or the system's."""
     if device() == "Metal":
-        return int(mx.device_info()["max_recommended_working_set_size"])
+        limit = int(mx.device_info()["max_recommended_working_set_size"])
+        return limit - mx.get_active_memory()
     if device() == "CUDA":
         info: dict[str, Any] = dict(mx.device_info())
         free = info.get("free_memory", info.get("total_memory", info.get("memory_size")))

@@ -142,16 +142,15 @@ def beside(
         tokens = _first_tokens(vlm, image)
         for side, peer in zip(sides[1:], peers, strict=True):
             side.notes += _compared(peer, expected, tokens, image, pixels, Path(folder))
-        runs = effort.warmup + effort.repeat
-        for number in range(runs):
-            for side in sides:
-                encoded, first = side.encode(side), side.answer(side)
-                if number >= effort.warmup:
-                    side.tower.append(encoded)
-                    side.felt.append(first)
-            tick(number + 1, runs)
+        stopped: BaseException | None = None
+        try:
+            _in_turn(sides, effort, tick)
+        except BaseException as error:  # what was measured before is handed over first
+            stopped = error
     prompt = len(vlm.prompt_ids(DEFAULT_PROMPT)) - 1 + vlm.config.image_tokens
     for side in sides:
+        if not side.felt:
+            continue
         common: dict[str, Any] = {
             "implementation": side.title, "image_size": size,
             "image_tokens": vlm.config.image_tokens, "peak_memory": side.peak,
@@ -165,6 +164,19 @@ def beside(
             kind="ttft", prompt_tokens=prompt, answer_tokens=1,
             seconds={"felt": tuple(side.felt)}, **common,
         )  # fmt: skip
+    if stopped is not None:
+        raise stopped
+
+
+def _in_turn(sides: Sequence[_Side], effort: Effort, tick: Tick) -> None:
+    runs = effort.warmup + effort.repeat
+    for number in range(runs):
+        for side in sides:
+            encoded, first = side.encode(side), side.answer(side)
+            if number >= effort.warmup:
+                side.tower.append(encoded)
+                side.felt.append(first)
+        tick(number + 1, runs)
 
 
 def _ours(vlm: FastVLM, image: Path, array: "np.ndarray[Any, Any]") -> _Side:

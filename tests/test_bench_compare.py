@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastvlm_mlx.benchmarks.comparison import compare_records, compare_times
-from fastvlm_mlx.benchmarks.record import Measurement, Record
+from fastvlm_mlx.benchmarks.record import Measurement, Operation, Record
 from tests.test_bench_record import a_measurement, a_record
 
 SIZES = (256, 512, 768, 1024, 1536)
@@ -76,7 +76,12 @@ def test_other_machines_types_and_missing_sizes_are_said() -> None:
     other = dataclasses.replace(
         other,
         machine=dataclasses.replace(other.machine, chip="B chip"),
-        subject=dataclasses.replace(other.subject, dtype="float32"),
+        subject=dataclasses.replace(
+            other.subject,
+            dtype="float32",
+            parameters={"vision": 2_000_000},
+            operations=(Operation("gelu", "kernel"),),
+        ),
         conditions=dataclasses.replace(other.conditions, load_average=3.0, power_source="battery"),
         measurements=other.measurements[2:],
     )
@@ -84,6 +89,8 @@ def test_other_machines_types_and_missing_sizes_are_said() -> None:
     assert set(comparison.differences) == {
         "machine chip: A chip | B chip",
         "subject dtype: bfloat16 | float32",
+        "subject parameters: 0.0 M | 2.0 M",
+        "subject operations: gelu plain | gelu kernel",
         "conditions power source: mains | battery",
     }
     assert comparison.unmatched == (

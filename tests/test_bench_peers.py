@@ -48,8 +48,9 @@ def log(what):
 def stream_generate(model, processor, prompt, image, max_tokens, temperature):
     print("libraries print what they like")
     log("A")
-    if os.environ.get("DIE"):
-        os._exit(3)
+    with open(os.environ["LOG"]) as file:
+        if file.read().count("A") == int(os.environ.get("DIE", -1)):
+            os._exit(3)
     question = prompt.split("<image>\\n")[1].split("<|im_end|>")[0]
     for chunk in model.vlm.stream(image[0], question, max_tokens=max_tokens):
         yield types.SimpleNamespace(token=chunk.token + int(os.environ.get("SHIFT", 0)))
@@ -127,6 +128,24 @@ def test_a_peer_that_dies_is_one_line(
             measure(vlm, other)
     finally:
         other.close()
+
+
+def test_a_peer_that_dies_later_leaves_what_was_measured(
+    python: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIE", "4")  # compared, warmed up, measured once
+    path = tmp_path / "peers.json"
+    choice, effort = Choice(model=str(tiny)), Effort(2, warmup=1)
+    with pytest.raises(BenchmarkError, match="mlx-vlm"):
+        run_peers(choice, [("mlx-vlm", python)], None, effort, path, ("bench", "peers"))
+    record = read_record(path)
+    assert not record.finished and record.software.peers == {"mlx-vlm": "9.9"}
+    counts = {(m.implementation, m.kind): [len(t) for t in m.seconds.values()]
+              for m in record.measurements}  # fmt: skip
+    assert counts == {
+        ("fastvlm-mlx", "encoder"): [2], ("fastvlm-mlx", "ttft"): [2],
+        ("mlx-vlm 9.9", "encoder"): [1], ("mlx-vlm 9.9", "ttft"): [1],
+    }  # fmt: skip
 
 
 def test_an_environment_without_the_peer_is_recorded(tiny: Path, tmp_path: Path) -> None:
