@@ -21,6 +21,7 @@ __all__ = [
     "available_memory",
     "conditions_now",
     "describe_software",
+    "others_busy",
     "process_memory",
     "this_machine",
 ]
@@ -87,6 +88,19 @@ def available_memory() -> int | None:
         return int(free) if free else None
     found = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
     return int(found.group(1)) * 1024 if found else _physical_memory()
+
+
+def others_busy() -> float | None:
+    """Seconds that all cores have worked for other programs since the machine started.
+
+    Only the difference of two calls means something. None where the system does not tell.
+    """
+    found = re.match(r"cpu\s+(.+)", _text("/proc/stat"))
+    if not found:
+        return None
+    user, nice, system, _, _, irq, soft, steal = map(int, found.group(1).split()[:8])
+    busy = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:4])  # our own, and of children that have ended
 
 
 def process_memory() -> int | None:

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastvlm_mlx.vision import FastViTHD
 from fastvlm_mlx.vlm import DEFAULT_PROMPT, FastVLM
 
 from .counting import count_encoder, total
-from .machine import available_memory
+from .machine import available_memory, others_busy
 from .measuring import (
     Effort,
     Tick,
@@ -33,6 +34,11 @@ __all__ = ["KINDS", "SIZES", "Step", "check_sizes", "needed_memory", "perform", 
 
 KINDS = ("encoder", "ttft", "decode", "memory", "cold_start")
 SIZES = (256, 512, 768, 1024, 1536)
+
+_COMPANY = 0.25
+"""Cores; less than this is the system's own housekeeping."""
+_TELLING = 0.5
+"""Seconds below which the system's accounts (10 ms) say nothing."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def perform(
             watch(step, done, runs)
 
         try:
-            yield step.measure(tick)
+            yield _with_company(step.measure, tick)
         except FastVLMError as error:
             yield Skipped(step.kind, step.image_size, f"failed: {error}")
         except (MemoryError, RuntimeError) as error:
@@ -114,6 +120,20 @@ def perform(
                 raise
             yield Skipped(step.kind, step.image_size, "failed: out of memory")
         mx.clear_cache()
+
+
+def _with_company(measure: Callable[[Tick], Measurement], tick: Tick) -> Measurement:
+    """A measurement, with a note if other programs took a good part of a core meanwhile."""
+    before, started = others_busy(), time.monotonic()
+    result = measure(tick)
+    after, elapsed = others_busy(), time.monotonic() - started
+    if before is None or after is None or elapsed < _TELLING:
+        return result
+    cores = (after - before) / elapsed
+    if cores < _COMPANY:
+        return result
+    note = f"other programs kept {cores:.1f} cores busy meanwhile"
+    return replace(result, notes=(*result.notes, note))
 
 
 def needed_memory(vlm: FastVLM, size: int) -> int:

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.benchmarks import measuring
+from fastvlm_mlx.benchmarks import measuring, running
 from fastvlm_mlx.benchmarks.measuring import (
     Effort,
     measure_decode,
@@ -12,6 +12,7 @@ from fastvlm_mlx.benchmarks.measuring import (
     measure_memory,
     measure_ttft,
 )
+from fastvlm_mlx.benchmarks.record import Measurement
 from fastvlm_mlx.benchmarks.running import check_sizes, needed_memory, perform, plan
 from fastvlm_mlx.benchmarks.session import machine_folder, public_command
 from fastvlm_mlx.benchmarks.subjects import (
@@ -152,6 +153,16 @@ def test_one_failure_does_not_lose_the_others(nano: fv.FastVLM) -> None:
     assert next(results).peak_memory > 0  # type: ignore[union-attr,operator]
     with pytest.raises(RuntimeError, match="a bug"):
         next(results)
+
+
+def test_company_is_noted(nano: fv.FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    (step,) = plan(Choice(random="nano"), nano, ("memory",), (64,), EFFORT)
+    for others, notes in ((8.0, ("other programs kept 0.8 cores busy meanwhile",)), (0.5, ())):
+        seconds, clock = iter((100.0, 100.0 + others)), iter((0.0, 10.0))
+        monkeypatch.setattr(running, "others_busy", lambda seconds=seconds: next(seconds))
+        monkeypatch.setattr(running.time, "monotonic", lambda clock=clock: next(clock))
+        (result,) = perform([step], lambda *_: None)
+        assert isinstance(result, Measurement) and result.notes == notes
 
 
 def test_a_random_model_runs_in_every_form() -> None:
