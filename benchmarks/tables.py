@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 from .advisor import Candidate
@@ -193,7 +192,7 @@ def status_line() -> Iterator[Callable[[Step, int, int], None]]:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status("loading") as shown:
+    with Console(stderr=True).status("loading", refresh_per_second=2) as shown:
         yield lambda step, done, runs: shown.update(_status(step, done, runs))
 
 
@@ -204,58 +203,41 @@ def _status(step: Step, done: int, runs: int) -> str:
 
 
 class Report:
-    """Shows rows as they are measured: a live table on a terminal, lines in a pipe."""
+    """Shows rows as they are measured; on a terminal also, in the last line, what is under way.
+
+    Rows are printed once and stay: a table that is drawn again is torn when it outgrows the screen.
+    """
 
     def __init__(self, lines: list[str]) -> None:
-        self._heading, self._rows, self._status = lines, list[Row](), ""
-        self._live: Any = None
+        self._heading = lines
+        self._status: Any = None
 
     def __enter__(self) -> "Report":
-        if not sys.stdout.isatty():
-            print(*self._heading, "", plain_line(COLUMNS), sep="\n", flush=True)
-            return self
-        from rich.live import Live
+        from rich.console import Console
 
-        self._live = Live(self._picture(), auto_refresh=False, vertical_overflow="visible")
-        self._live.start()
+        self._console = Console(soft_wrap=True, highlight=False, markup=False)
+        if self._console.is_terminal:
+            # Seldom redrawn: what is measured must not share its core.
+            self._status = self._console.status("", refresh_per_second=2)
+            self._status.start()
+        self._print(*self._heading, "")
+        self._print(plain_line(COLUMNS), style="bold")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._status = "interrupted" if kind is KeyboardInterrupt else ""
-            self._live.update(self._picture(), refresh=True)
-            self._live.stop()
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
 
     def watch(self, step: Step, done: int, runs: int) -> None:
         """Show what is being measured."""
-        if self._live is not None:
-            self._status = _status(step, done, runs)
-            self._live.update(self._picture(), refresh=True)
+        if self._status is not None:
+            self._status.update(_status(step, done, runs))
 
     def add(self, result: Measurement | Skipped) -> None:
         """Show a result."""
-        new = rows(result) if isinstance(result, Measurement) else [skipped_row(result)]
-        self._rows += new
-        if self._live is None:
-            print(*map(plain_line, new), sep="\n", flush=True)
-        else:
-            self._live.update(self._picture(), refresh=True)
+        for row in rows(result) if isinstance(result, Measurement) else [skipped_row(result)]:
+            self._print(plain_line(row), style="dim" if row[0].startswith("  ") else None)
 
-    def _picture(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for number, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
-        for row in self._rows:
-            inner = row[0].startswith("  ")
-            table.add_row(*row, style="dim" if inner else "")
-        status = [Text(self._status, style="cyan")] if self._status else []
-        return Group(*(Text(line) for line in self._heading), Text(""), table, *status)
+    def _print(self, *lines: str, style: str | None = None) -> None:
+        self._console.print(*lines, sep="\n", style=style)
+        sys.stdout.flush()
