@@ -14,8 +14,9 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from fastvlm_mlx import ops
 from fastvlm_mlx.checkpoint.dialects import Dialect
-from fastvlm_mlx.checkpoint.loading import Examined, LoadedCheckpoint
+from fastvlm_mlx.checkpoint.loading import Examined, LoadedCheckpoint, examine_checkpoint
 from fastvlm_mlx.checkpoint.quantized import quantize_linears
+from fastvlm_mlx.checkpoint.source import checkpoint_folder
 from fastvlm_mlx.config import Config
 from fastvlm_mlx.errors import BenchmarkError, OptionError
 from fastvlm_mlx.model import Network, flat_parameters, parameter_counts
@@ -97,14 +98,25 @@ def build(
     """The model, with no cache of encoded pictures. Raises BenchmarkError if it does not fit."""
     if choice.source is None:
         return random_model(str(choice.random), choice.dtype, choice.bits, progress)
-    return load(
-        choice.source,
-        dtype=choice.dtype,
-        quantize=choice.bits,
-        announce=announce,
-        progress=progress,
-        feature_cache=None,  # every repeat has to encode its picture
-    )
+    with checkpoint_folder(choice.source, announce=announce) as folder:
+        source = examine_checkpoint(folder)
+        packed = min((how.bits for how in source.quantized.values()), default=None)
+        _check_room(choice.name, source.config, *_dtypes(choice.dtype), choice.bits or packed)
+        return load(
+            folder,
+            dtype=choice.dtype,
+            quantize=choice.bits,
+            progress=progress,
+            feature_cache=None,  # every repeat has to encode its picture
+        )
+
+
+def _dtypes(dtype: str | None) -> tuple[mx.Dtype, mx.Dtype]:
+    """Of the tower and of the language model: those of `fastvlm_mlx.load`."""
+    if dtype is not None:
+        return DTYPES[dtype], DTYPES[dtype]
+    on_gpu = mx.default_device() == mx.gpu
+    return (mx.float16, mx.bfloat16) if on_gpu else (mx.float32, mx.float32)
 
 
 def random_model(
@@ -115,11 +127,10 @@ def random_model(
 ) -> FastVLM:
     """A model of a published size with random weights, made in memory, piece by piece."""
     on_gpu = mx.default_device() == mx.gpu
-    vision_dtype = DTYPES[dtype] if dtype else (mx.float16 if on_gpu else mx.float32)
-    text_dtype = DTYPES[dtype] if dtype else (mx.bfloat16 if on_gpu else mx.float32)
+    vision_dtype, text_dtype = _dtypes(dtype)
     vocabulary = vocabulary_of(size, None)
     config = model_config(size, vocabulary, native=False, image_size=None)
-    _check_room(size, config, vision_dtype, text_dtype, bits if on_gpu else None)
+    _check_room(f"random {size}", config, vision_dtype, text_dtype, bits)
     network = Network(config)
     network.eval()
     _fill(network)
@@ -153,19 +164,19 @@ def _fill(network: Network) -> None:
 
 
 def _check_room(
-    size: str, config: Config, vision: mx.Dtype, text: mx.Dtype, bits: int | None
+    name: str, config: Config, vision: mx.Dtype, text: mx.Dtype, bits: int | None
 ) -> None:
+    on_gpu = mx.default_device() == mx.gpu
     counts = parameter_counts(config)
     # A group of 64 has a scale and a bias of 16 bits each.
-    text_bytes = text.size if bits is None else (bits + 0.5) / 8
+    text_bytes = (bits + 0.5) / 8 if bits and on_gpu else text.size
     rest = counts["projector"] + counts["language_model"]
     needed = counts["vision"] * vision.size + rest * text_bytes
     room = available_memory()
     if room is not None and needed > room:
         raise BenchmarkError(
-            f"The weights of random {size} take {needed / 1e9:.1f} GB here; "
-            f"{room / 1e9:.1f} GB are free. Choose a smaller model"
-            + (", or fewer --bits." if mx.default_device() == mx.gpu else ".")
+            f"The weights of {name} take {needed / 1e9:.1f} GB here; {room / 1e9:.1f} GB are free. "
+            f"Choose a smaller model{', or fewer --bits.' if on_gpu else '.'}"
         )
 
 

@@ -181,6 +181,9 @@ def test_a_random_model_that_does_not_fit_is_one_line(monkeypatch: pytest.Monkey
     monkeypatch.setattr("fastvlm_mlx.benchmarks.subjects.available_memory", lambda: 10**10)
     with pytest.raises(BenchmarkError, match=r"random 7b take 31\.\d GB here; 10\.0 GB are free"):
         random_model("7b")
+    monkeypatch.setattr("fastvlm_mlx.benchmarks.subjects.available_memory", lambda: 10**6)
+    with pytest.raises(BenchmarkError, match=r"The weights of nano take 0\.0 GB here"):
+        build(Choice(random="nano"))
 
 
 def test_the_stand_in_prompt_is_as_long_as_the_genuine_one(qwen2_tokenizer: object) -> None:
