@@ -81,6 +81,10 @@ class Network(nn.Module):
         model = self.language_model.model
         *layers, last = model.layers
         mask = cache[0].make_mask(embeddings.shape[1], return_array=False, window_size=None)
+        if isinstance(mask, mx.array):
+            # Padding sees itself: what softmax makes of no keys at all is up to the device.
+            places = mx.arange(mask.shape[-1])
+            mask = mask | (places[-mask.shape[-2] :, None] == places)
         hidden = embeddings
         for layer, layer_cache in zip(layers, cache, strict=False):
             hidden = layer(hidden, mask, layer_cache)

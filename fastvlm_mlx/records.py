@@ -20,7 +20,7 @@ from .errors import OptionError, OutputError
 from .generation import Answer, Timings
 from .many import Known, Record
 
-__all__ = ["RecordFile", "answer_fields", "picture_key", "record_fields"]
+__all__ = ["RecordFile", "answer_fields", "json_line", "picture_key", "record_fields"]
 
 _COLUMNS = (
     "image", "text", "error", "finish_reason", "tokens", "prompt_tokens", "duplicate_of", "sha256",
@@ -54,6 +54,16 @@ def record_fields(image: str, record: Record) -> dict[str, Any]:
     if record.sha256 is not None:
         fields["sha256"] = record.sha256
     return fields
+
+
+def json_line(fields: dict[str, Any]) -> str:
+    """JSON on one line, readable where it can be: a file name that is not UTF-8 is escaped."""
+    line = json.dumps(fields, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(fields)
+    return line
 
 
 def picture_key(image: str) -> str:
@@ -220,10 +230,7 @@ class _Jsonl(_Form):
     _BEGINNING = b'{"image": "'
 
     def encode(self, fields: dict[str, Any], *, first: bool) -> bytes:
-        try:
-            return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
-        except UnicodeEncodeError:  # a file name that is not UTF-8
-            return json.dumps(fields).encode() + b"\n"
+        return json_line(fields).encode() + b"\n"
 
     def decode(self, line: bytes) -> dict[str, Any] | None:
         fields: dict[str, Any] = json.loads(line)

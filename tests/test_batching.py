@@ -60,6 +60,25 @@ def test_logits_of_a_padded_batch_equal_each_row_alone(
         logits = vlm.network.decode(tokens, cache)
 
 
+def test_no_position_is_without_anything_to_see(
+    vlm: fv.FastVLM, encoded: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Softmax over nothing is not a number on some devices, and 0 times that would spread."""
+    masks: list[mx.array] = []
+    block = type(vlm.network.language_model.model.layers[0])
+    original = block.__call__
+
+    def watched(self: Any, x: mx.array, mask: mx.array, cache: Any) -> mx.array:
+        masks.append(mask)
+        return original(self, x, mask, cache)
+
+    monkeypatch.setattr(block, "__call__", watched)
+    vlm.network.prefill(*left_padded(vlm.network, encoded))
+    assert masks
+    for mask in masks:
+        assert mask.any(axis=-1).all().item()
+
+
 def _padding_in_sight(cache: Any) -> None:
     cache.left_padding = mx.zeros_like(cache.left_padding)
 

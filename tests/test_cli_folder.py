@@ -209,7 +209,11 @@ def test_a_name_that_is_no_unicode(tiny: Path, photos: Path) -> None:
         Path(os.fsdecode(odd)).write_bytes((photos / "a b.png").read_bytes())
     except OSError:
         pytest.skip("this file system takes Unicode names only")
-    assert caption(photos, "-m", tiny).returncode == 0
+    strict = {"PYTHONIOENCODING": "utf-8:strict"}
+    printed = caption(photos, "-m", tiny, env=strict)
+    assert printed.returncode == 0 and odd in printed.stdout
+    documents = caption(photos, "-m", tiny, "--json", env=strict).stdout.decode().splitlines()
+    assert os.fsdecode(odd) in [json.loads(line)["image"] for line in documents]
     for out in (photos.parent / "captions.jsonl", photos.parent / "captions.csv"):
         assert caption(photos, "-m", tiny, "--out", out).returncode == 0
         again = caption(photos, "-m", tiny, "--out", out, "--resume")

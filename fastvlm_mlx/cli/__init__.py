@@ -4,6 +4,7 @@ stdout carries the answer, stderr everything else. Exit codes: 0 all done, 1 som
 2 bad usage, 130 interrupted. Nothing heavy is imported before a command needs it.
 """
 
+import io
 import os
 import sys
 from importlib.metadata import entry_points, version
@@ -76,6 +77,9 @@ for command in (caption, ask, info, doctor):
 
 def main() -> NoReturn:
     """Entry point of the `fastvlm` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name need not be UTF-8; it is printed with the bytes it has.
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         app()
         sys.exit(0)

@@ -1,6 +1,5 @@
 """`fastvlm caption` for more than one picture: records in a file, sidecars, a bar, a summary."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -100,6 +99,9 @@ def caption_each(
         tally.failed_before = sum(not well for well in out.done.values()) if out else 0
         if left:
             vlm = model.load()
+            if model.feature_cache is None:
+                vlm.feature_cache = None  # each picture is seen once: remembering is no use
+            tally.start()
             if summary:
                 stack.callback(lambda: say(tally.summary()) if tally.counted else None)
             on_screen = not many.keeps and sys.stdout.isatty()
@@ -170,10 +172,10 @@ def _keep(
 
 
 def _print(name: str, record: "Record", as_json: bool) -> None:
-    from ..records import record_fields
+    from ..records import json_line, record_fields
 
     if as_json:
-        print(json.dumps(record_fields(name, record), ensure_ascii=False), flush=True)
+        print(json_line(record_fields(name, record)), flush=True)
     else:
         print(f"{name}: {record.text}", flush=True)
 
@@ -184,6 +186,10 @@ class _Tally:
     def __init__(self) -> None:
         self.captioned = self.failed = self.duplicates = 0
         self.before = self.failed_before = 0
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock anew: loading a model says nothing about the rate."""
         self._started = time.monotonic()
 
     def count(self, record: "Record") -> None:

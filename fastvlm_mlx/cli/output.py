@@ -48,8 +48,9 @@ def print_json(images: list[str], answer: "Answer") -> None:
 
 def print_record(images: list[str], facts: dict[str, Any]) -> None:
     """What was found out about pictures, as a JSON document on one line."""
-    record = {"image": images[0] if len(images) == 1 else images, **facts}
-    print(json.dumps(record, ensure_ascii=False), flush=True)
+    from ..records import json_line
+
+    print(json_line({"image": images[0] if len(images) == 1 else images, **facts}), flush=True)
 
 
 def print_stats(answer: "Answer") -> None:
