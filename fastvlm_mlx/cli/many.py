@@ -103,7 +103,7 @@ def caption_each(
                 vlm.feature_cache = None  # each picture is seen once: remembering is no use
             tally.start()
             if summary:
-                stack.callback(lambda: say(tally.summary()) if tally.counted else None)
+                stack.push(tally.on_exit)
             on_screen = not many.keeps and sys.stdout.isatty()
             bar = stack.enter_context(_bar(len(left), shown=not on_screen))
             sources = (sys.stdin.buffer.read() if name == "-" else name for name in left)
@@ -197,10 +197,11 @@ class _Tally:
         self.captioned += record.error is None
         self.duplicates += record.error is None and record.duplicate_of is not None
 
-    @property
-    def counted(self) -> int:
-        """Pictures of this run."""
-        return self.captioned + self.failed
+    def on_exit(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Say what was done, also if that is not all."""
+        if self.captioned + self.failed:
+            broken = "; broken off, --resume continues" if kind is KeyboardInterrupt else ""
+            say(self.summary() + broken)
 
     def summary(self) -> str:
         seconds = time.monotonic() - self._started
@@ -209,8 +210,8 @@ class _Tally:
         if self.before:
             failed = f", {self.failed_before} of them failed" if self.failed_before else ""
             parts.append(f"{self.before} done before{failed}")
-        if self.counted:
-            parts.append(f"{seconds:.1f} s, {self.counted / seconds:.3g} pictures/s")
+        if now := self.captioned + self.failed:
+            parts.append(f"{seconds:.1f} s, {now / seconds:.3g} pictures/s")
         return ", ".join(parts)
 
 
