@@ -270,13 +270,19 @@ def test_a_full_disk_is_one_clear_line(tiny: Path, photos: Path) -> None:
     assert b"Traceback" not in result.stderr
 
 
-def test_a_person_sees_a_bar_and_a_pipe_sees_none(tiny: Path, photos: Path) -> None:
+@pytest.mark.parametrize("to_file", [True, False])
+def test_a_person_sees_a_bar_and_a_pipe_the_answers(
+    tiny: Path, photos: Path, to_file: bool
+) -> None:
     out = photos.parent / "captions.jsonl"
     person, terminal = pty.openpty()
     command = [sys.executable, "-c", SLOW, "caption", str(photos), "-m", str(tiny),
-               "--out", str(out), "--max-tokens", "2", "--batch", "1"]  # fmt: skip
+               "--max-tokens", "2", "--batch", "1"]  # fmt: skip
+    command += ["--out", str(out)] if to_file else []
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen(command, stderr=terminal, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=terminal, env=environment
+    ) as process:
         os.close(terminal)
         seen = b""
         while True:
@@ -287,9 +293,13 @@ def test_a_person_sees_a_bar_and_a_pipe_sees_none(tiny: Path, photos: Path) -> N
             if not chunk:
                 break
             seen += chunk
+        assert process.stdout is not None
+        answers = process.stdout.read().decode().splitlines()
         process.wait(30)
     os.close(person)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
     assert process.returncode == 0
     assert "Captioning" in text and "5/5" in text and "pictures/s" in text
     assert text.strip().splitlines()[-1].startswith("5 captioned, 0 failed")
+    assert len(answers) == (0 if to_file else 5)
+    assert not any("\x1b" in line for line in answers)

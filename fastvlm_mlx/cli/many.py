@@ -247,7 +247,9 @@ def _bar(total: int, *, shown: bool) -> Iterator[_Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[failed]}", style="red"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # The answers may be piped while a person watches the bar: stdout stays what it is.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
         task = bar.add_task("caption", total=total, rate="", failed="")
 
         def advance(failed: int) -> None:
