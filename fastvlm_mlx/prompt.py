@@ -15,7 +15,8 @@ IMAGE = -200
 """Stands for a picture in a list of token ids (LLaVA's IMAGE_TOKEN_INDEX); never embedded."""
 IMAGE_TEXT = "<image>"
 STYLES = {
-    "short": "Describe the image in one short sentence.",
+    # How captions are asked for in LLaVA-1.5's training data (TextCaps in its 665k mix).
+    "short": "Provide a one-sentence caption for the provided image.",
     "detailed": "Describe the image in detail.",
     "alt": "Write alt text for the image: one sentence for people who cannot see it.",
     "tags": "List the keywords for this image, separated by commas.",

@@ -4,6 +4,7 @@ Text takes the place of the picture's ending, as trainers read it; XMP is append
 name, as photo managers (darktable, digiKam, Immich) read it. Each appears whole or not at all.
 """
 
+import contextlib
 import os
 import re
 from importlib.metadata import version
@@ -56,7 +57,10 @@ class Sidecars:
             partial.write_bytes(content)
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(
+                OSError
+            ):  # nothing can be removed where nothing can be written
+                partial.unlink(missing_ok=True)
             raise OutputError(
                 f"{path} cannot be written ({error.strerror or error}); the caption is not lost "
                 "if --out keeps it"

@@ -233,6 +233,20 @@ def test_a_sidecar_that_cannot_be_written_leaves_nothing(
         Sidecars("txt").write(str(tmp_path / "gone" / "a.jpg"), "A cat.")
 
 
+def test_a_read_only_disk_is_seen_as_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There even removing what was never written fails."""
+
+    def read_only(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(fv.OutputError, match="Read-only file system"):
+        Sidecars("xmp").write(str(tmp_path / "a.jpg"), "A cat.")
+
+
 # --- finding pictures ---
 
 

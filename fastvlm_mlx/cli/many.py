@@ -122,7 +122,8 @@ def caption_each(
                 tally.count(kept)
                 bar.advance(tally.failed)
                 if kept.error is not None:
-                    bar.say(f"{name}: {kept.error}")
+                    named = kept.error.startswith(name)
+                    bar.say(kept.error if named else f"{name}: {kept.error}")
                 elif not many.keeps:
                     _print(name, kept, printing.as_json)
                 if printing.stats and kept.answer:
