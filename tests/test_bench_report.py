@@ -52,7 +52,8 @@ def test_milliseconds_keep_three_digits(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(999.4, "999 ms"), (999.6, "1 s"), (166.8, "167 ms"), (14124, "14.1 s")]
+    ("value", "text"),
+    [(999.4, "999 ms"), (999.6, "1.00 s"), (4.2, "4.20 ms"), (166.8, "167 ms"), (14124, "14.1 s")],
 )
 def test_durations_change_their_unit_at_a_second(value: float, text: str) -> None:
     assert duration(value) == text
@@ -190,6 +191,8 @@ def test_several_machines_are_told_apart(full: Record) -> None:
     assert len(set(header)) == 4
     assert len(lines("encoder", document)) == 4
     two = compose([full, other])
+    assert "A chip" in two.subtitle and "B chip" in two.subtitle
+    assert compose([full, full]).subtitle == compose([full]).subtitle, "said once"
     assert {"A GPU", "B GPU"} < set(lines("encoder", two))
 
 

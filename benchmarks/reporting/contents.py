@@ -19,7 +19,7 @@ from .latency import (
 from .nano import Evaluation, nano_section
 from .published import encoders_section, models_section
 from .words import (
-    circumstances,
+    all_circumstances,
     gigabytes,
     has_fastvithd,
     language_model,
@@ -50,6 +50,7 @@ def compose(records: Sequence[Record], evaluation: Evaluation | None = None) -> 
         _named(r for r in records if role(r) == kind)
         for kind in ("", "claims", "peers", "roofline")
     )
+    plain.sort(key=lambda run: not has_fastvithd(run[0]))  # the published encoder first
     measured = [record for record, _ in plain]
     sections: list[Section | None] = [by_size(*run) for run in plain]
     if records:
@@ -69,7 +70,7 @@ def compose(records: Sequence[Record], evaluation: Evaluation | None = None) -> 
     sections += [everything(*run) for run in runs]
     return Document(
         title=_title(records, measured),
-        subtitle="; ".join(map(circumstances, records)) or (evaluation.where if evaluation else ""),
+        subtitle=all_circumstances(records) or (evaluation.where if evaluation else ""),
         facts=_facts(plain),
         sections=_with_own_names([section for section in sections if section]),
         missing=tuple(_missing(runs, evaluation)),
@@ -104,8 +105,8 @@ def _title(records: Sequence[Record], measured: Sequence[Record]) -> str:
 
 
 def _facts(runs: Sequence[tuple[Record, str]]) -> tuple[Fact, ...]:
-    """Of the run with the published encoder, if there is one, else of the first."""
-    for record, name in sorted(runs, key=lambda run: not has_fastvithd(run[0])):
+    """Of the first run that has any."""
+    for record, name in runs:
         if found := facts(record, name if len(runs) > 1 else ""):
             return found
     return ()

@@ -8,6 +8,7 @@ from .document import Section, Table
 from .latency import disturbances, sizes_of
 from .plots import Curve, Curves, Dot
 from .words import (
+    all_circumstances,
     circumstances,
     duration,
     has_fastvithd,
@@ -79,7 +80,7 @@ def encoder_section(records: Sequence[Record], rooflines: Sequence[Record]) -> S
         "One picture, from pixels on the device to features.",
         Curves(
             "Encoder latency by input size",
-            "; ".join(map(circumstances, runs)),
+            all_circumstances(runs),
             "input side, pixels",
             "latency, logarithmic",
             tuple(curves),

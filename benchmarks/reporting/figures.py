@@ -113,7 +113,7 @@ def _bars(plot: Bars) -> Figure:
     axes.set_xlim(0, longest * 1.2)
     axes.set_ylim(len(plot.bars) - 0.5, -0.6)
     axes.set_yticks(range(len(plot.bars)), [bar.label for bar in plot.bars], color=INK)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     axes.set_xlabel(plot.x_label, loc="right")
     for number, name in enumerate(plot.parts):
         starts = [sum(bar.parts[:number]) for bar in plot.bars]
@@ -197,4 +197,9 @@ def _logarithmic(axes: Axes, which: str, values: Sequence[float], wider: float =
     decades = math.log10(high / low)
     axis.set_major_locator(LogLocator(subs=_STEPS[min(int(decades), 3)]))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
+    axis.set_major_formatter(FuncFormatter(_tick))
+
+
+def _tick(milliseconds: float, _: int | None) -> str:
+    value, unit = (milliseconds, "ms") if milliseconds < 1000 else (milliseconds / 1000, "s")
+    return f"{value:g} {unit}"

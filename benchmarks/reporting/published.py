@@ -7,7 +7,7 @@ from ..record import Record
 from .document import Section, Table
 from .latency import sizes_of
 from .plots import Curve, Curves, Dot
-from .words import circumstances, interval, language_model, run_names
+from .words import all_circumstances, interval, language_model, run_names
 
 __all__ = ["encoders_section", "models_section"]
 
@@ -37,7 +37,7 @@ def encoders_section(records: Sequence[Record]) -> Section:
         for encoder, dots in [("FastViTHD (FastVLM)", list(ours.values())), *published.items()]
         for dot in dots
     ]
-    timed = "; its times here are measured" if here else ", and so are all times"
+    timed = "; FastVLM's times here are measured" if here else ", and so are all times"
     return Section(
         "accuracy-latency",
         "Accuracy against time to first token",
@@ -165,5 +165,6 @@ def _measured_curves(
 
 def _circumstances(records: Sequence[Record], *languages: str) -> str:
     """Of the runs that are in the figure."""
-    lines = [circumstances(record) for record in records if language_model(record) in languages]
-    return "; ".join(lines) or "Published points only: no run of this language model in the report"
+    runs = [r for r in records if language_model(r) in languages]
+    nothing = "Published points only: no run of this language model in the report"
+    return all_circumstances(runs) if runs else nothing

@@ -6,6 +6,7 @@ from ..record import Machine, Record
 from ..summary import Summary
 
 __all__ = [
+    "all_circumstances",
     "circumstances",
     "duration",
     "gigabytes",
@@ -30,10 +31,8 @@ LANGUAGE_MODELS = {"Qwen2-0.5B": 0.494e9, "Qwen2-1.5B": 1.544e9, "Qwen2-7B": 7.6
 
 def duration(milliseconds: float) -> str:
     """Three significant digits: in ms below a second, in s from there."""
-    if milliseconds < 999.5:
-        return f"{milliseconds:.3g} ms"
-    seconds = milliseconds / 1000
-    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
+    value, unit = (milliseconds, "ms") if milliseconds < 999.5 else (milliseconds / 1000, "s")
+    return f"{value:#.3g}".rstrip(".") + f" {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -74,9 +73,22 @@ def machine_name(machine: Machine) -> str:
 
 def circumstances(record: Record) -> str:
     """The line under a figure's title: machine, versions, model, type, date."""
-    what = record.subject
-    dtype = what.dtype if what.bits is None else f"{what.bits} bits, {what.dtype}"
-    return where(record.machine, record.software.mlx, f"{what.model}, {dtype}", record.date)
+    return all_circumstances([record])
+
+
+def all_circumstances(records: Sequence[Record]) -> str:
+    """The same of several runs; what they share is said once."""
+    groups: dict[tuple[str, str, str], dict[str, Record]] = {}
+    for record in records:
+        what = record.subject
+        dtype = what.dtype if what.bits is None else f"{what.bits} bits, {what.dtype}"
+        shared = (machine_name(record.machine), record.software.mlx, record.date[:10])
+        groups.setdefault(shared, {})[f"{what.model}, {dtype}"] = record
+    lines = []
+    for (_, mlx, date), runs in groups.items():
+        machine = next(iter(runs.values())).machine
+        lines.append(where(machine, mlx, "; ".join(runs), date))
+    return " | ".join(lines)
 
 
 def where(machine: Machine, mlx: str, what: str, date: str) -> str:
