@@ -99,13 +99,13 @@ def test_the_pages_figures_are_well_formed_and_names_stay_names(
     again = dataclasses.replace(plain, measurements=full.measurements)
     paths = write_report(compose([plain, again], read_evaluation(SIZES)), tmp_path)
     pictures = [path for path in paths if path.suffix == ".svg"]
-    assert len(pictures) == len({path.name for path in pictures}) == 5
+    assert len(pictures) == len({path.name for path in pictures}) == 6
     for path in pictures:
         text = path.read_text()
         ET.fromstring(text)  # well formed
         assert "script" not in text and "<!--" not in text and "alert" not in text
     page = _Page((tmp_path / "index.html").read_text())
-    assert "script" not in page.tags and page.tags.count("svg") == 5
+    assert "script" not in page.tags and page.tags.count("svg") == 6
     ids = page.values("id")
     assert len(ids) == len(set(ids)), "several figures share the page"
     links = [*page.values("href"), *page.values("xlink:href")]

@@ -13,13 +13,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from .canvas import BLUE, GREY, INK, PALE, PALETTE, VERMILION, new_axes, style
 from .labels import Label, place_labels
 from .plots import Bars, Curve, Curves, Plot, Ratios
-from .words import duration
+from .words import duration, visible
 
 __all__ = ["draw"]
 
 _STEPS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 2, 5), (1,))
 """Ticks within a decade, by how many decades there are."""
-_PART_COLOURS = ("#e69f00", "#f0e442", "#0072b2", "#009e73", "#cc79a7")
+_PART_COLOURS = ("#e69f00", "#f0e442", BLUE, "#009e73", "#cc79a7")
 
 
 def draw(plot: Plot, footnote: bool = True) -> Figure:
@@ -106,28 +106,31 @@ def _guides(axes: Axes, plot: Curves) -> None:
 
 @_draw.register
 def _bars(plot: Bars) -> Figure:
-    figure, axes = new_axes(plot.title, plot.subtitle, plot.footnote, 0.55 * len(plot.bars) + 0.5)
+    labels = ["\n".join(map(visible, bar.label.splitlines())) for bar in plot.bars]
+    letters = max(len(line) for label in labels for line in label.splitlines())
+    left = min(max(0.85, 0.3 + 0.085 * letters), 3.0)
+    several = len(plot.parts) > 1
+    colours = _PART_COLOURS if several else (BLUE,)
+    height = 0.55 * len(plot.bars) + 0.5
+    figure, axes = new_axes(plot.title, plot.subtitle, plot.footnote, height, left)
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
     longest = max(max(bar.whole, sum(bar.parts), bar.interval[1]) for bar in plot.bars)
     axes.set_xlim(0, longest * 1.2)
     axes.set_ylim(len(plot.bars) - 0.5, -0.6)
-    axes.set_yticks(range(len(plot.bars)), [bar.label for bar in plot.bars], color=INK)
+    axes.set_yticks(range(len(plot.bars)), labels, color=INK)
     axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     axes.set_xlabel(plot.x_label, loc="right")
     for number, name in enumerate(plot.parts):
         starts = [sum(bar.parts[:number]) for bar in plot.bars]
         widths = [bar.parts[number] for bar in plot.bars]
-        axes.barh(
-            range(len(plot.bars)), widths, 0.62, starts,
-            color=_PART_COLOURS[number % len(_PART_COLOURS)], label=name,
-        )  # fmt: skip
+        colour = colours[number % len(colours)]
+        axes.barh(range(len(plot.bars)), widths, 0.62, starts, color=colour, label=name)
         for row, (start, width) in enumerate(zip(starts, widths, strict=True)):
-            if width > 0.09 * longest:
-                dark = _PART_COLOURS[number % len(_PART_COLOURS)] == "#0072b2"
+            if several and width > 0.09 * longest:
                 axes.text(
                     start + width / 2, row, duration(width), ha="center", va="center",
-                    fontsize=8.5, color="white" if dark else INK,
+                    fontsize=8.5, color="white" if colour == BLUE else INK,
                 )  # fmt: skip
     for row, bar in enumerate(plot.bars):
         axes.plot(bar.interval, (row, row), color=INK, linewidth=1, label="_interval")
@@ -136,11 +139,12 @@ def _bars(plot: Bars) -> Figure:
             duration(bar.whole), (end, row), (6, 0), textcoords="offset points", va="center",
             weight="bold", color=INK,
         )  # fmt: skip
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(plot.parts), frameon=False,
-        fontsize=9, handlelength=0.9, handleheight=0.9, columnspacing=1.4, handletextpad=0.5,
-        labelcolor=INK,
-    )  # fmt: skip
+    if several:
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(plot.parts), frameon=False,
+            fontsize=9, handlelength=0.9, handleheight=0.9, columnspacing=1.4, handletextpad=0.5,
+            labelcolor=INK,
+        )  # fmt: skip
     return figure
 
 

@@ -1,5 +1,6 @@
 """Sections of what was measured here: by input size, part by part, beside others, all of it."""
 
+from ..comparison import compare_times
 from ..record import OURS, Measurement, Record
 from .document import Fact, Section, Table
 from .plots import Bar, Bars
@@ -197,23 +198,39 @@ def parts_section(record: Record, name: str) -> Section | None:
 
 def peers_section(record: Record, name: str) -> Section | None:
     """Other implementations of the same model, measured in the same run."""
-    rows = []
+    rows, notes = [], []
+    bars: dict[tuple[str, int | None, str], Bar] = {}
     for m in record.measurements:
-        ours = record.find(m.kind, m.image_size)
-        part = m.headline
+        ours, part = record.find(m.kind, m.image_size), m.headline
         if m.implementation == OURS or ours is None or part is None or part not in ours.seconds:
             continue
-        theirs, mine = m.summaries[part], ours.summaries[part]
+        mine, theirs = ours.summaries[part], m.summaries[part]
+        ratio, low, high, _ = compare_times(ours.seconds[part], m.seconds[part])
+        what = "TTFT as felt" if m.kind == "ttft" else m.kind
         at = f"{m.image_size} px" if m.image_size else _DASH
-        ratio = f"{theirs.median / mine.median:.2f}x"
-        rows.append((m.implementation, m.kind, at, interval(theirs), interval(mine), ratio))
+        times = f"{ratio:.2f}x ({low:.2f} to {high:.2f})"
+        rows.append((m.implementation, what, at, interval(theirs), interval(mine), times))
+        notes += [f"{m.implementation}, {what}: {note}" for note in m.notes]
+        for who, s in ((OURS, mine), (m.implementation, theirs)):
+            whole, spread = 1000 * s.median, (1000 * s.low, 1000 * s.high)
+            label = f"{what}, {at}\n{who}"
+            bars[m.kind, m.image_size, who] = Bar(label, (whole,), whole, spread)
     if not rows:
         return None
+    lead = "Same weights, picture and prompt, in turn on the same machine; outputs compared first."
     return Section(
         "peers",
         of_run("Beside other implementations", name),
-        "Same weights, picture and prompt, in turn on the same machine.",
-        tables=(
+        lead,
+        Bars(
+            "FastVLM here and in other implementations",
+            circumstances(record),
+            "median and its 95% confidence interval",
+            ("time",),
+            tuple(bars.values()),
+            lead,
+        ),
+        (
             Table(
                 "Medians and their intervals, in milliseconds",
                 ("implementation", "what", "input", "its time", "this library's", "ratio"),
@@ -221,6 +238,7 @@ def peers_section(record: Record, name: str) -> Section | None:
                 words=3,
             ),
         ),
+        tuple(dict.fromkeys(notes)),
     )
 
 
