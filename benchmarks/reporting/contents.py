@@ -151,23 +151,24 @@ def _missing(runs: list[tuple[Record, str]], evaluation: Evaluation | None) -> l
 
 
 def _machines(runs: list[tuple[Record, str]]) -> Section:
+    """What all runs share in one table, what they differ in beside one another in a second."""
     columns = [_facts_of(record) for record, _ in runs]
+    shared, different = [], []
+    for label in columns[0]:
+        values = [column[label] for column in columns]
+        if len(set(values)) > 1:
+            different.append((label, *(value or "–" for value in values)))
+        elif values[0]:
+            shared.append((label, values[0]))
+    tables = [Table("Machine and software", ("", "of every run"), tuple(shared), words=2)]
+    if different:
+        header = ("", *(name for _, name in runs))
+        tables.append(Table("Where the runs differ", header, tuple(different), words=len(header)))
     return Section(
         "machine",
         "Machine and software",
         "As the runs recorded them; what a system does not tell is left out.",
-        tables=(
-            Table(
-                "Machine and software",
-                ("", *(name for _, name in runs)),
-                tuple(
-                    (label, *(column[label] or "–" for column in columns))
-                    for label in columns[0]
-                    if any(column[label] for column in columns)
-                ),
-                words=1 + len(runs),
-            ),
-        ),
+        tables=tuple(tables),
     )
 
 

@@ -79,6 +79,8 @@ def _line(axes: Axes, curve: Curve, colour: str) -> None:
         "other": {"marker": "o", "markersize": 5, "linewidth": 1.2, "zorder": 2},
         "limit": {"linestyle": (0, (5, 3)), "linewidth": 1.3, "zorder": 1},
     }
+    if len(curve.dots) == 1:
+        looks["limit"] = {"marker": "_", "markersize": 18, "markeredgewidth": 2, "zorder": 1}
     filled: dict[str, Any] = {} if curve.look == "here" else {"markerfacecolor": "white"}
     axes.plot(xs, ys, color=colour, label=curve.name, **looks[curve.look], **filled)
     for dot in curve.dots:

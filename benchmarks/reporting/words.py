@@ -132,7 +132,8 @@ def run_names(records: Sequence[Record]) -> list[str]:
     """A short name for each run, as long as it must be to tell them apart."""
     if len(records) == 1:
         return [_HERE]
-    models = [f"{r.subject.model} {role(r)}".strip() for r in records]
+    roles = [role(r) if role(r) != r.subject.model else "" for r in records]
+    models = [f"{r.subject.model} {kind}".strip() for r, kind in zip(records, roles, strict=True)]
     machines = [machine_name(r.machine) for r in records]
     candidates = (
         [r.machine.gpu or r.machine.chip or "unknown chip" for r in records],
