@@ -135,7 +135,8 @@ def _bars(plot: Bars) -> Figure:
                     fontsize=8.5, color="white" if colour == BLUE else INK,
                 )  # fmt: skip
     for row, bar in enumerate(plot.bars):
-        axes.plot(bar.interval, (row, row), color=INK, linewidth=1, label="_interval")
+        below = row + 0.23  # clear of the figures in the bar
+        axes.plot(bar.interval, (below, below), color=INK, linewidth=1, label="_interval")
         end = max(bar.whole, sum(bar.parts), bar.interval[1])
         axes.annotate(
             duration(bar.whole), (end, row), (6, 0), textcoords="offset points", va="center",
@@ -158,7 +159,7 @@ def _ratios(plot: Ratios) -> Figure:
     axes.spines["left"].set_visible(False)
     values = [v for r in plot.ratios for v in (r.paper, r.here, *(r.interval or ())) if v]
     axes.set_xscale("log")
-    axes.set_xlim(min(1.0, *values) / 1.6, max(values) * 2)
+    axes.set_xlim(min(1.0, *values) / 2, max(values) * 2)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
@@ -168,7 +169,7 @@ def _ratios(plot: Ratios) -> Figure:
     axes.axvline(1, color=PALE, linewidth=1, label="_guide")
     for row, ratio in enumerate(plot.ratios):
         axes.plot((ratio.paper,), (row,), "o", color=BLUE, markerfacecolor="white", markersize=8)
-        ends = [(ratio.paper, BLUE, f"{ratio.paper:.3g}×")]
+        ends = [(ratio.paper, BLUE, f"{ratio.paper:#.3g}×")]
         if ratio.here is not None:
             axes.plot((ratio.paper, ratio.here), (row, row), color=PALE, linewidth=2, zorder=0.9)
             filling = "white" if ratio.estimated else VERMILION
@@ -179,7 +180,7 @@ def _ratios(plot: Ratios) -> Figure:
             if ratio.interval:
                 axes.plot(ratio.interval, (row, row), color=VERMILION, linewidth=1)
             about = "~" if ratio.estimated else ""
-            ends.append((ratio.here, VERMILION, f"{about}{ratio.here:.3g}×"))
+            ends.append((ratio.here, VERMILION, f"{about}{ratio.here:#.3g}×"))
         for number, (value, colour, text) in enumerate(sorted(ends)):
             right = number == len(ends) - 1
             axes.annotate(
