@@ -198,7 +198,8 @@ def parts_section(record: Record, name: str) -> Section | None:
 
 def peers_section(record: Record, name: str) -> Section | None:
     """Other implementations of the same model, measured in the same run."""
-    rows, notes = [], []
+    rows: list[tuple[str, ...]] = []
+    notes: list[str] = []
     bars: dict[tuple[str, int | None, str], Bar] = {}
     for m in record.measurements:
         ours, part = record.find(m.kind, m.image_size), m.headline
