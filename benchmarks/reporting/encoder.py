@@ -74,6 +74,8 @@ def encoder_section(records: Sequence[Record], rooflines: Sequence[Record]) -> S
             "The paper's points (Table 10) are from its own machine, an M1 Max, by Core ML on the "
             "Neural Engine."
         )
+    header = ("where", "input", "latency, ms", "limit, ms", "of the limit")
+    columns = len(header) if sources else 3
     return Section(
         "encoder",
         "Encoder latency by input size",
@@ -89,9 +91,9 @@ def encoder_section(records: Sequence[Record], rooflines: Sequence[Record]) -> S
         ),
         (
             Table(
-                "Encoder latency and its lower limit, in milliseconds",
-                ("where", "input", "latency, ms", "limit, ms", "of the limit"),
-                tuple(rows),
+                "Encoder latency" + (" and its lower limit" if sources else ""),
+                header[:columns],
+                tuple(row[:columns] for row in rows),
                 words=2,
             ),
         ),

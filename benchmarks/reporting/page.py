@@ -36,6 +36,7 @@ nav ul { margin: .8rem 0; padding: 0; list-style: none; display: flex; flex-wrap
   gap: .2rem 1.1rem; font-size: .9rem; }
 a { color: var(--accent); }
 figure { margin: 1rem 0; }
+figcaption { margin-top: .5rem; }
 .picture { background: #ffffff; border: 1px solid var(--line); border-radius: .5rem;
   padding: .4rem; overflow-x: auto; }
 .picture svg { display: block; width: 100%; min-width: 30rem; height: auto; margin: 0 auto; }
