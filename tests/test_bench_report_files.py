@@ -14,7 +14,7 @@ import pytest
 from fastvlm_mlx.benchmarks.record import Record, Skipped, write_record
 from fastvlm_mlx.benchmarks.reporting.contents import compose
 from fastvlm_mlx.benchmarks.reporting.markdown import to_markdown
-from fastvlm_mlx.benchmarks.reporting.nano import read_evaluation
+from fastvlm_mlx.benchmarks.reporting.nano import read_evaluation, read_evaluations
 from fastvlm_mlx.benchmarks.reporting.page import to_html
 from fastvlm_mlx.benchmarks.reporting.writing import write_report
 from fastvlm_mlx.cli import main
@@ -210,3 +210,20 @@ def test_an_odd_evaluation_is_refused(change: dict[str, Any], words: str, tmp_pa
     path.write_text(json.dumps({**json.loads(SIZES.read_text()), **change}))
     with pytest.raises(BenchmarkError, match=re.escape(words)):
         read_evaluation(path)
+
+
+def test_an_evaluation_may_lie_in_several_files(tmp_path: Path) -> None:
+    whole = json.loads(SIZES.read_text())
+    paths = []
+    for name, scenes, sizes in (("a", 400, ("128", "512")), ("b", 1000, ("256",))):
+        paths.append(tmp_path / f"{name}.json")
+        part = {size: whole["sizes"][size] for size in sizes}
+        paths[-1].write_text(json.dumps({**whole, "scenes": scenes, "sizes": part}))
+    found = read_evaluations(paths)
+    assert found is not None and list(found.sizes) == [128, 256, 512]
+    assert found.sizes[256]["text"] == whole["sizes"]["256"]["text"]
+    table = compose([], found).sections[0].tables[0]
+    assert table.caption.startswith("Share of right answers on 400 or 1000 scenes")
+    with pytest.raises(BenchmarkError, match="size 128 is in another file too"):
+        read_evaluations([paths[0], SIZES])
+    assert read_evaluations([]) is None

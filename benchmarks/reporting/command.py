@@ -18,8 +18,8 @@ def report(
         ),
     ] = None,
     nano: Annotated[
-        Path | None,
-        typer.Option(help="Also what `python -m training.nano.evaluate --json` wrote."),
+        list[Path] | None,
+        typer.Option(help="Also what `python -m training.nano.evaluate --json` wrote; repeatable."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -32,18 +32,16 @@ def report(
     from ..record import read_record
     from .contents import compose
     from .markdown import to_markdown
-    from .nano import read_evaluation
+    from .nano import read_evaluations
     from .writing import write_report
 
     paths = [path for given in records or [] for path in _files(given)]
-    if not paths and nano is None:
+    if not paths and not nano:
         raise OptionError(
             "Nothing to report: name a record (`fastvlm bench all --json FILE` makes one), "
             "a folder of them, or --nano FILE."
         )
-    document = compose(
-        [read_record(path) for path in paths], read_evaluation(nano) if nano else None
-    )
+    document = compose([read_record(path) for path in paths], read_evaluations(nano or []))
     if out is None:
         print(to_markdown(document, {}), end="")
         return

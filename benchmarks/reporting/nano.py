@@ -1,7 +1,7 @@
 """Measured accuracy against measured latency: what `training.nano.evaluate --json` wrote."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from fastvlm_mlx.errors import BenchmarkError
 from .document import Section, Table
 from .plots import Curve, Curves, Dot, Guide
 
-__all__ = ["Evaluation", "nano_section", "read_evaluation"]
+__all__ = ["Evaluation", "nano_section", "read_evaluation", "read_evaluations"]
 
 _TTFT = "TTFT, ms (median)"
 _MEASURES = {
@@ -28,15 +28,42 @@ class Evaluation:
     """Accuracy by input size on scenes that the model was never trained on."""
 
     model: str
-    scenes: int
+    scenes: tuple[int, ...]
+    """How many of them, in each of the files that make up the evaluation."""
     where: str
     """Machine, versions and date in words; empty if the file does not say."""
     sizes: Mapping[int, Mapping[str, float]]
     """Input side -> measure -> share of right answers, and the median TTFT in ms."""
 
 
+def read_evaluations(paths: Sequence[Path]) -> Evaluation | None:
+    """Several files as one evaluation of one model, each with sizes of its own; None of none.
+
+    Raises BenchmarkError naming the file and what is wrong with it.
+    """
+    found: Evaluation | None = None
+    for path in paths:
+        more = read_evaluation(path)
+        if found is None:
+            found = more
+            continue
+        twice = sorted(found.sizes.keys() & more.sizes.keys())
+        if more.model != found.model or twice:
+            why = f"size {twice[0]} is in another file too" if twice else f"of {more.model!r}"
+            raise BenchmarkError(
+                f"{path} does not go with the evaluation of {found.model!r}: {why}."
+            )
+        found = Evaluation(
+            found.model,
+            (*found.scenes, *more.scenes),
+            "; ".join(dict.fromkeys(text for text in (found.where, more.where) if text)),
+            dict(sorted({**found.sizes, **more.sizes}.items())),
+        )
+    return found
+
+
 def read_evaluation(path: Path) -> Evaluation:
-    """Raises BenchmarkError naming the file and what is wrong with it."""
+    """One file. Raises BenchmarkError naming it and what is wrong with it."""
     try:
         document = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -55,7 +82,7 @@ def read_evaluation(path: Path) -> Evaluation:
     where = document.get("where", "")
     return Evaluation(
         document["model"],
-        document["scenes"],
+        (document["scenes"],),
         where if isinstance(where, str) else "",
         dict(sorted(sizes.items())),
     )
@@ -99,7 +126,8 @@ def nano_section(evaluation: Evaluation) -> Section | None:
         return None
     names = list(dict.fromkeys(name for column in timed.values() for name in column))
     names.sort(key=lambda name: name != _TTFT)
-    scenes = f"{evaluation.scenes} scenes never trained on"
+    counts = " or ".join(map(str, sorted(set(evaluation.scenes))))
+    scenes = f"{counts} scenes never trained on"
     where = evaluation.where or "the file does not name its machine"
     return Section(
         "nano",
