@@ -12,7 +12,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .chat import Chat
+    from .chat import Chat, ChatStream, load_chat
     from .errors import (
         BenchmarkError,
         CheckpointError,
@@ -38,6 +38,7 @@ _HOME = {
     "Answer": "generation",
     "BenchmarkError": "errors",
     "Chat": "chat",
+    "ChatStream": "chat",
     "CheckpointError": "errors",
     "Choices": "scoring",
     "Chunk": "generation",
@@ -61,12 +62,14 @@ _HOME = {
     "Timings": "generation",
     "UnsupportedCheckpoint": "errors",
     "load": "opening",
+    "load_chat": "chat",
 }
 __all__ = [
     "IMAGE",
     "Answer",
     "BenchmarkError",
     "Chat",
+    "ChatStream",
     "CheckpointError",
     "Choices",
     "Chunk",
@@ -90,6 +93,7 @@ __all__ = [
     "UnsupportedCheckpoint",
     "__version__",
     "load",
+    "load_chat",
 ]
 
 

@@ -14,14 +14,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from .config import Config
-from .errors import OptionError, SavedFileError
+from .errors import OptionError, PromptError, SavedFileError
 from .model import Network, flat_parameters
 from .saved import check_replaceable, read_saved, write_saved
 
@@ -29,7 +28,6 @@ __all__ = [
     "MEMORY_BYTES",
     "EncodedImage",
     "FeatureCache",
-    "as_feature_cache",
     "model_fingerprint",
     "pixel_digest",
 ]
@@ -70,6 +68,20 @@ class EncodedImage:
         if not well:
             raise SavedFileError(f"{path} does not hold the tokens of one picture.")
         return image
+
+    def checked(self, hidden: int, model: str) -> "EncodedImage":
+        """This very picture, if it is for that model of that width; else raises PromptError."""
+        if self.tokens.ndim != 2 or self.tokens.shape[1] != hidden:
+            raise PromptError(
+                f"An encoded image of shape {tuple(self.tokens.shape)} was given; this model "
+                f"takes (N, {hidden}). Encode the picture with this very model."
+            )
+        if self.model not in (None, model):
+            raise PromptError(
+                "An encoded image of another model was given (or of this one in another dtype or "
+                "quantization). Encode the picture with this very model."
+            )
+        return self
 
     def _write(self, path: str | os.PathLike[str], *, durable: bool) -> None:
         facts = {"model": self.model, "pixels": self.pixels}
@@ -134,6 +146,15 @@ class FeatureCache:
         self._used = 0
         self._lock = threading.Lock()
         self._disk = _Folder(Path(folder).expanduser(), disk_bytes) if folder is not None else None
+
+    @staticmethod
+    def of(given: "int | str | os.PathLike[str] | FeatureCache | None") -> "FeatureCache | None":
+        """The cache that `load(feature_cache=...)` asks for. Raises OptionError."""
+        if given is None or isinstance(given, FeatureCache):
+            return given
+        if isinstance(given, (str, os.PathLike)):
+            return FeatureCache(folder=given)
+        return FeatureCache(given)
 
     def get(self, model: str, pixels: str) -> EncodedImage | None:
         """What that model made of those pixels, if it is remembered."""
@@ -248,12 +269,3 @@ class _Folder:
     def _path(self, key: tuple[str, str]) -> Path:
         name = hashlib.sha256(" ".join(key).encode()).hexdigest()
         return self._folder / f"{name}.safetensors"
-
-
-def as_feature_cache(given: Any) -> FeatureCache | None:
-    """The cache that `load(feature_cache=...)` asks for. Raises OptionError."""
-    if given is None or isinstance(given, FeatureCache):
-        return given
-    if isinstance(given, (str, os.PathLike)):
-        return FeatureCache(folder=given)
-    return FeatureCache(given)

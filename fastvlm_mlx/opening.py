@@ -9,7 +9,7 @@ from .checkpoint.loading import load_checkpoint
 from .checkpoint.quantized import quantize_linears
 from .checkpoint.source import DEFAULT_MODEL, checkpoint_folder
 from .errors import OptionError
-from .features import MEMORY_BYTES, FeatureCache, as_feature_cache
+from .features import MEMORY_BYTES, FeatureCache
 from .images import Fit
 from .tiling import Grid, ImageSize, check_grid, check_image_size
 from .vlm import FastVLM
@@ -72,7 +72,7 @@ def load(
     check_grid(tiles)
     if fit not in ("pad", "crop"):
         raise OptionError(f"fit is {fit!r}; expected 'pad' or 'crop'.")
-    cache = as_feature_cache(feature_cache)
+    cache = FeatureCache.of(feature_cache)
     on_gpu = mx.default_device() == mx.gpu
     if mx.metal.is_available():
         # Once, so that macOS keeps the weights resident; 15 and later, a no-op before.

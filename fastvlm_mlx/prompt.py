@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from .errors import PromptError
 from .tokenizer import Tokenizer
 
-__all__ = ["IMAGE", "IMAGE_TEXT", "STYLES", "SYSTEM", "USER", "expand", "prompt_ids", "turn_ids"]
+__all__ = [
+    "IMAGE",
+    "IMAGE_TEXT",
+    "STYLES",
+    "SYSTEM",
+    "USER",
+    "expand",
+    "place",
+    "prompt_ids",
+    "turn_ids",
+]
 
 IMAGE = -200
 """Stands for a picture in a list of token ids (LLaVA's IMAGE_TOKEN_INDEX); never embedded."""
@@ -35,12 +45,12 @@ def prompt_ids(tokenizer: Tokenizer, question: str, images: int) -> list[int]:
     where: then it must contain `<image>` exactly `images` times. Raises PromptError otherwise.
     The text is checkpoint notes section 6.3: what the models were trained on.
     """
-    return _tokenize(tokenizer, SYSTEM + USER + _place(question, images) + _ASSISTANT)
+    return _tokenize(tokenizer, SYSTEM + USER + place(question, images) + _ASSISTANT)
 
 
 def turn_ids(tokenizer: Tokenizer, question: str, images: int = 0) -> list[int]:
     """Token ids of a further turn, from the end of the last answer's text on."""
-    return _tokenize(tokenizer, f"<|im_end|>\n{USER}{_place(question, images)}{_ASSISTANT}")
+    return _tokenize(tokenizer, f"<|im_end|>\n{USER}{place(question, images)}{_ASSISTANT}")
 
 
 def expand(ids: Sequence[int], tokens: Sequence[int]) -> list[int]:
@@ -52,7 +62,8 @@ def expand(ids: Sequence[int], tokens: Sequence[int]) -> list[int]:
     return [i for i in ids for _ in range(next(counts) if i == IMAGE else 1)]
 
 
-def _place(question: str, images: int) -> str:
+def place(question: str, images: int) -> str:
+    """The question with `<image>` once per picture: where it says, else in front of it."""
     slots = question.count(IMAGE_TEXT)
     if slots == 0:
         return f"{IMAGE_TEXT}\n" * images + question
@@ -69,5 +80,12 @@ def _mismatch(slots: int, images: int) -> str:
 
 
 def _tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"The question holds {text[error.start]!r}, which is no character; expected text, "
+            "in UTF-8 where it comes as bytes."
+        ) from error
     first, *rest = (tokenizer.encode(part) for part in text.split(IMAGE_TEXT))
     return first + [i for part in rest for i in (IMAGE, *part)]

@@ -69,7 +69,7 @@ class FastVLM:
         beginning = self.tokenizer.encode(SYSTEM + USER)
         self.fingerprint = model_fingerprint(self.network, self.config, beginning)
         """Equal for equal models: what encoded pictures and saved conversations belong to."""
-        self._prefix = Prefix(beginning)
+        self.prefix = Prefix(beginning)
         # One graph per input shape. MLX's CPU backend compiles each operation by itself instead.
         on_gpu = mx.default_device() == mx.gpu
         self._encode_pixels = mx.compile(self.network.encode) if on_gpu else self.network.encode
@@ -101,9 +101,9 @@ class FastVLM:
         sources = as_list(images)
         prompt = self.prompt_ids(question, len(sources))
         ids, encoded, timings = self.prepare(prompt, sources)
-        cache, done = self._prefix.start(self.network, ids)
+        cache, done = self.prefix.start(self.network, ids)
         return self.answer(
-            ids[done:], encoded, cache, chosen, timings, lambda: self._prefix.learn(ids, cache)
+            ids[done:], encoded, cache, chosen, timings, lambda: self.prefix.learn(ids, cache)
         )
 
     def caption_many(
@@ -144,9 +144,13 @@ class FastVLM:
         """How likely `text` is as the answer to a question. Raises ImageError and PromptError."""
         return self._scores(images, question, (text,))[0]
 
-    def chat(self, *images: Image) -> Chat:
-        """Begin a conversation about pictures; each is encoded once, the KV cache is kept."""
-        return Chat(self, images)
+    def chat(self, *images: Image, sliding: bool = False) -> Chat:
+        """Begin a conversation about pictures; each is encoded once, the KV cache is kept.
+
+        With `sliding` it forgets its oldest turns when the context window is full (see `Chat`);
+        without, it ends with a PromptError then.
+        """
+        return Chat(self, images, sliding=sliding)
 
     def ask_batch(self, requests: Sequence[tuple[Images, str]], **options: Any) -> list[Answer]:
         """Answer several requests (pictures, question) at once; `options` hold for all.
@@ -231,9 +235,9 @@ class FastVLM:
         ids, encoded, _ = self.prepare(self.prompt_ids(question, len(sources)), sources)
         answers = [[*self.tokenizer.encode(text), self.tokenizer.end_of_turn] for text in texts]
         self._check_context(len(ids) + max(map(len, answers)) - 1)
-        cache, done = self._prefix.start(self.network, ids)
+        cache, done = self.prefix.start(self.network, ids)
         logits = self.network.prefill(self.network.embed(ids[done:], encoded), cache)
-        self._prefix.learn(ids, cache)
+        self.prefix.learn(ids, cache)
         found = log_likelihoods(self.network, logits, cache, answers)
         return tuple(map(Score, texts, map(tuple, answers), found))
 
@@ -282,12 +286,17 @@ class FastVLM:
     ) -> tuple[list[int], list[mx.array], Timings]:
         """Expanded token ids, image tokens, and what they cost; `prompt` has IMAGE per picture."""
         clock = Clock()
-        encoded = [self._encoded(image, clock).tokens for image in images]
+        encoded = [image.tokens for image in self.encode_each(images, clock)]
         ids = expand(prompt, [tokens.shape[0] for tokens in encoded])
         clock.lap("preprocess")
-        mx.eval(encoded)
-        clock.lap("encode")
         return ids, encoded, clock.timings()
+
+    def encode_each(self, images: Sequence[Image], clock: Clock) -> list[EncodedImage]:
+        """Every picture encoded: as given, remembered, or now. `clock` is told what that costs."""
+        encoded = [self._encoded(image, clock) for image in images]
+        mx.eval([image.tokens for image in encoded])
+        clock.lap("encode")
+        return encoded
 
     def _encoded(self, image: Image, clock: Clock) -> EncodedImage:
         """A picture's tokens: as given, remembered, or queued for the device but not awaited."""
@@ -314,18 +323,7 @@ class FastVLM:
         return tokens.reshape(-1, tokens.shape[-1])
 
     def _checked(self, image: EncodedImage) -> EncodedImage:
-        hidden = self.config.text.hidden_size
-        if image.tokens.ndim != 2 or image.tokens.shape[1] != hidden:
-            raise PromptError(
-                f"An encoded image of shape {tuple(image.tokens.shape)} was given; this model "
-                f"takes (N, {hidden}). Encode the picture with this very model."
-            )
-        if image.model not in (None, self.fingerprint):
-            raise PromptError(
-                "An encoded image of another model was given (or of this one in another dtype or "
-                "quantization). Encode the picture with this very model."
-            )
-        return image
+        return image.checked(self.config.text.hidden_size, self.fingerprint)
 
     def _constraint(self, options: Options) -> Constraint | None:
         if options.json_schema is None:

@@ -1,6 +1,8 @@
 """Encoded pictures: whose they are, in files, and what a cache remembers and forgets."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -184,6 +186,19 @@ def test_a_write_that_fails_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == [file]
     with pytest.raises(fv.SavedFileError, match="No such file or directory"):
         write_saved(tmp_path / "no" / "folder", "thing", {"x": mx.zeros(3)}, {})
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing_half(tmp_path: Path) -> None:
+    code = (
+        "import resource, mlx.core as mx, fastvlm_mlx as fv\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: fv.EncodedImage(mx.zeros((64, 64))).save('a')\n"
+        "except fv.SavedFileError as error: print(error)\n"
+        "fv.EncodedImage(mx.zeros((2, 2))).save('b')"
+    )
+    told = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path)
+    assert told.startswith("Cannot write a (File too large); nothing was changed.")
+    assert [file.name for file in tmp_path.iterdir()] == ["b"]
 
 
 # ------------------------------------------------------------------------------------------ cache

@@ -46,3 +46,9 @@ def test_expand_repeats_each_slot_by_its_own_count(ids: list[int], data: st.Data
     assert [i for i in expanded if i != IMAGE] == [i for i in ids if i != IMAGE]
     with pytest.raises(fv.PromptError):
         expand(ids, [*counts, 1])
+
+
+def test_half_a_character_is_told(vlm: fv.FastVLM) -> None:
+    broken = "caf\xe9 \udc80?"
+    with pytest.raises(fv.PromptError, match=r"holds '\\udc80', which is no character"):
+        vlm.prompt_ids(broken)

@@ -4,6 +4,7 @@ stdout carries the answer, stderr everything else. Exit codes: 0 all done, 1 som
 2 bad usage, 130 interrupted. Nothing heavy is imported before a command needs it.
 """
 
+import codecs
 import io
 import os
 import sys
@@ -15,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ..errors import FastVLMError, OptionError
 from .answer import ask, caption
+from .chat import converse
 from .machine import doctor, info
 from .output import say
 
@@ -71,15 +73,26 @@ def _root(
     """FastVLM in pure MLX: describe pictures and answer questions about them."""
 
 
-for command in (caption, ask, info, doctor):
+for command in (caption, ask):
     app.command()(command)
+app.command("chat")(converse)
+for command in (info, doctor):
+    app.command()(command)
+
+
+def _printable(error: UnicodeError) -> tuple[str | bytes, int]:
+    """File names with the bytes they have; letters that the encoding lacks as question marks."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("replace")(error)
 
 
 def main() -> NoReturn:
     """Entry point of the `fastvlm` command."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file name need not be UTF-8; it is printed with the bytes it has.
-        sys.stdout.reconfigure(errors="surrogateescape")
+        codecs.register_error("fastvlm", _printable)
+        sys.stdout.reconfigure(errors="fastvlm")
     try:
         app()
         sys.exit(0)

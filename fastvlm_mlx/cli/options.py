@@ -24,9 +24,18 @@ from .output import loading_progress, say
 if TYPE_CHECKING:
     from ..vlm import FastVLM
 
-__all__ = ["AnswerOptions", "Json", "ModelOptions", "PrintOptions", "prepare_mlx", "spread"]
+__all__ = [
+    "AnswerOptions",
+    "Json",
+    "ModelOptions",
+    "PrintOptions",
+    "Stats",
+    "prepare_mlx",
+    "spread",
+]
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document per picture.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Timings on stderr after each answer.")]
 
 
 @dataclass(frozen=True)
@@ -147,9 +156,7 @@ class PrintOptions:
     """What is printed beside the plain answer."""
 
     as_json: Json = False
-    stats: Annotated[bool, typer.Option("--stats", help="Timings on stderr after each answer.")] = (
-        False
-    )
+    stats: Stats = False
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
