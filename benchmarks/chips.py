@@ -64,7 +64,7 @@ class Peaks:
     flops: float
     """Per second, in matrix products of the dtype in use."""
     bandwidth: float
-    """Bytes per second, read and written."""
+    """Bytes per second, read or written."""
     source: str
 
 
@@ -100,21 +100,24 @@ def peaks_of(machine: Machine, dtype: mx.Dtype) -> Peaks:
 
 
 def measure_peaks(dtype: mx.Dtype, repeat: int = 3) -> Peaks:
-    """The best of a few large matrix products and copies on the default device, in a second or two.
+    """The best of a few large products and copies on the default device, in a second or two.
 
-    This is what MLX reaches at its best, not what the silicon could.
+    This is what MLX reaches at its best, not what the silicon could. Memory is read by a product
+    with a vector too: MLX copies with one thread on a CPU, its BLAS reads with all of them.
     """
     on_gpu = mx.default_device() == mx.gpu
-    n, elements = (8192, 1 << 28) if on_gpu else (2048, 1 << 26)
+    n, wide = (8192, 16384) if on_gpu else (2048, 8192)
     a, b = (mx.random.normal((n, n), key=mx.random.key(k)).astype(dtype) for k in (0, 1))
-    long = mx.zeros((elements,), dtype)
-    mx.eval(a, b, long)
+    large, vector = mx.zeros((wide, wide), dtype), mx.zeros((1, wide), dtype)
+    mx.eval(a, b, large, vector)
     product = _best(lambda: a @ b, repeat)
-    copy = _best(lambda: long + 1, repeat)
+    copied = 2 * large.nbytes / _best(lambda: large + 1, repeat)
+    read = large.nbytes / _best(lambda: vector @ large.T, repeat)
     return Peaks(
         2 * n**3 / product,
-        2 * elements * dtype.size / copy,
-        f"measured: product of two {n} x {n} matrices, copy of {elements * dtype.size >> 20} MiB",
+        max(copied, read),
+        f"measured: product of two {n} x {n} matrices; "
+        f"{'copying' if copied > read else 'product of a vector with'} {large.nbytes >> 20} MiB",
     )
 
 
