@@ -1,5 +1,6 @@
 """Measure the pieces of the claims, one network in memory at a time."""
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -85,11 +86,12 @@ def measure_pieces(
             yield skipped(piece, plan.skip)
             continue
         tick(piece, plan)
-        mx.clear_cache()
         try:
-            encodes = isinstance(piece, Encode)
-            runs = _encode(piece, plan, dtype) if encodes else _prefill(piece, plan, dtype)
-            yield _measured(piece, plan, runs)
+            # The network must not outlive this call: the next one needs its memory.
+            result = _measured(piece, plan, dtype)
+            gc.collect()
+            mx.clear_cache()
+            yield result
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -108,7 +110,9 @@ def skipped(piece: Piece, reason: str) -> Skipped:
     return Skipped(kind_of(piece), side, f"{piece}: {reason}")
 
 
-def _measured(piece: Piece, plan: Plan, runs: _Runs) -> Measurement:
+def _measured(piece: Piece, plan: Plan, dtype: mx.Dtype) -> Measurement:
+    encodes = isinstance(piece, Encode)
+    runs = _encode(piece, plan, dtype) if encodes else _prefill(piece, plan, dtype)
     timed(runs.small if plan.seconds > _LONG else runs.measured)  # compiles
     mx.reset_peak_memory()
     times = tuple(timed(runs.measured)[0] for _ in range(plan.repeat))

@@ -92,7 +92,7 @@ def _plan_prefill(piece: Piece, budget: Budget) -> Plan:
         return Plan(seconds, skip=f"{too_big}; --quick estimates it from some of its layers")
     some = shape.layers
     while some > 2 and (
-        _too_big(layer * some, budget) or seconds * some / shape.layers > budget.run_seconds / 4
+        _too_big(2 * layer * some, budget) or seconds * some / shape.layers > budget.run_seconds / 4
     ):
         some = some // 2
     part = seconds * some / shape.layers

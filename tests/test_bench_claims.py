@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import weakref
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -94,8 +95,8 @@ def test_a_model_that_does_not_fit_is_left_out_or_estimated() -> None:
     assert plan.skip.startswith("needs about 19.4 GB of memory, 8.0 GB are free")
     assert "--quick" in plan.skip
     quick = plan_piece(Prefill("Vicuna-7B", 256), dataclasses.replace(small, quick=True))
-    assert not quick.skip and quick.layers == 8 and quick.scale == 4
-    assert quick.estimate.startswith("8 of its 32 equal layers, scaled up: needs about 19.4 GB")
+    assert not quick.skip and quick.layers == 4 and quick.scale == 8
+    assert quick.estimate.startswith("4 of its 32 equal layers, scaled up: needs about 19.4 GB")
     tight = dataclasses.replace(small, memory=GB // 10, quick=True)
     assert plan_piece(Prefill("Vicuna-7B", 256), tight).skip.startswith("needs about 1.2 GB")
     assert plan_piece(Encode("ConvNeXt-XXL", 512), tight).skip.startswith("needs about 2.4 GB")
@@ -298,6 +299,24 @@ def test_out_of_memory_skips_one_piece_only(
     monkeypatch.setattr(claims_measure, "LayerStack", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         _run(claims, None)
+
+
+def test_one_network_at_a_time(small_networks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    make = language.LayerStack
+
+    def count(*arguments: Any) -> language.LayerStack:
+        assert not alive, "the network before this one is still in memory"
+        stack = make(*arguments)
+        alive.add(stack)
+        return stack
+
+    monkeypatch.setattr(claims_measure, "LayerStack", count)
+    plans: list[tuple[Piece, claims_plan.Plan]] = [
+        (Prefill(name, 16), claims_plan.Plan(0.1, 1)) for name in ("Qwen2-0.5B", "LLaMA-3-8B")
+    ]
+    results = claims_measure.measure_pieces(plans, mx.float32, lambda piece, plan: None)
+    assert len(list(results)) == 2
 
 
 def test_bad_options_are_option_errors() -> None:
