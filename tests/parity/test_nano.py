@@ -33,7 +33,7 @@ def test_features_and_greedy_tokens_agree(tmp_path: Path) -> None:
     assert vlm.source.training_form
     reader = Reader(RUN, 256)
     worst = 0.0
-    for scene in SCENES:
+    for number, scene in enumerate(SCENES):
         picture = render(scene)
         square = np.array(to_square(picture, 256))
         with torch.no_grad():
@@ -41,8 +41,10 @@ def test_features_and_greedy_tokens_agree(tmp_path: Path) -> None:
         expected = theirs.flatten(2).transpose(1, 2).numpy()
         got = np.array(vlm.vision(mlx_pixels([square])))
         worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
-        questions = [item.question for item in scoring.questions(scene)]
-        assert len(questions) >= 6 and questions[0] == CAPTION
+        asked = [item.question for item in scoring.questions(scene)]
+        assert len(asked) >= 6 and asked[0] == CAPTION
+        # The reader has no cache and is slow: two questions a scene, every kind over the scenes.
+        questions = [CAPTION, *(asked[1 + (2 * number + n) % (len(asked) - 1)] for n in (0, 1))]
         answers = [vlm.ask(picture, question, max_tokens=80).text for question in questions]
         assert answers == [a.strip() for a in reader.ask(picture, questions)]
     print(f"largest relative error of the features over {len(SCENES)} scenes: {worst:.1e}")
