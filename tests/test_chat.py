@@ -281,10 +281,9 @@ def test_ctrl_c_at_any_line_leaves_a_conversation_that_goes_on(
             ids = vlm.prompt_ids("And now?", 1)
         assert after.prompt_tokens == len(ids) + 15
         assert after.tokens == _cold_answer(vlm, ids, [image], 3)[0], f"interrupted at line {at}"
-        at, step = at + step, max(step, at // 14)
+        at, step = at + step, max(step, at // 28)
     assert tried > 25
-    # Where the sampled lines fall between the tokens differs from run to run.
-    assert -1 in seen and len(seen) > 2, "before the answer, and after several of its tokens"
+    assert {-1, 1, 2, 3} <= seen, "before the answer, and after each of its tokens"
 
 
 # ----------------------------------------------------------------------------------------- saving

@@ -119,8 +119,8 @@ class Helpers(nn.Module):
     character at a known place, from strides 16 and 32.  Slots: the text, from the last
     features at the sign. Names: which things have their centre in an image token and where in the
     picture that is, read off that token alone. Looks: one head of the language model attends from
-    the place that answers "Where is the red star?" to the token that holds the red star; without
-    this, 260 k images did not begin to teach it to find things by what they are.
+    the place that answers "Where is the red star?" to the token that holds the red star; before
+    this and the positions in Names, 260 k images had not taught it to find things by what they are.
     """
 
     CELL = (9, 9, 3)  # shapes, colours, sizes, each with "nothing" as the last class
