@@ -14,9 +14,10 @@ import mlx.core as mx
 from . import ops
 from .blas import INSTALL_HINT, openblas_loaded
 from .checkpoint.loading import examine_checkpoint
+from .encoder_check import EncoderCheck
 from .model import parameter_counts
 
-__all__ = ["describe_checkpoint", "describe_machine"]
+__all__ = ["describe_checkpoint", "describe_encoder", "describe_machine"]
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
@@ -84,6 +85,22 @@ def describe_machine() -> dict[str, Any]:
     ]
     facts["Hub"] = _hub()
     return facts
+
+
+def describe_encoder(check: EncoderCheck) -> dict[str, Any]:
+    """A model's encoder on this device: times, and every stage beside the plain forms."""
+    dtype = str(check.dtype).removeprefix("mlx.core.")
+    return {
+        f"encoder, {check.side} x {check.side}": [
+            f"{1e3 * check.seconds:.0f} ms in {dtype}, "
+            f"{1e3 * check.plain_seconds:.0f} ms in plain forms",
+            *(
+                f"{stage.stage}: error {stage.error:.1e}, limit {stage.limit:.1e}"
+                f"{'' if stage.passed else ': WRONG'}"
+                for stage in check.stages
+            ),
+        ]
+    }
 
 
 def _backend() -> str:

@@ -22,7 +22,16 @@ FLOORS = [
     {"checkpoint", "features", "generation", "scoring"},
     {"batching"},
     {"chat", "many", "vlm"},  # a conversation names the type of what it talks to
-    {"opening", "records", "sidecars", "report", "testing", "testing_files", "testing_names"},
+    {
+        "opening",
+        "records",
+        "sidecars",
+        "encoder_check",
+        "report",
+        "testing",
+        "testing_files",
+        "testing_names",
+    },
     {"cli"},
 ]
 
