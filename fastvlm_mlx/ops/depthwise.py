@@ -115,12 +115,5 @@ def _check(kernel: metal_depthwise.Spec) -> tuple[mx.array, mx.array]:
     bias = example(2, outputs) if kernel.bias else None
     pre_bias = example(3, channels) if kernel.pre_bias else None
     got = metal_depthwise.run(x, weight, bias, kernel.stride, pre_bias, kernel.gelu, kernel)
-    expected = plain(
-        x.astype(mx.float32),
-        weight.astype(mx.float32),
-        None if bias is None else bias.astype(mx.float32),
-        stride=kernel.stride,
-        pre_bias=None if pre_bias is None else pre_bias.astype(mx.float32),
-        gelu=kernel.gelu,
-    )
-    return got, expected
+    options = {"stride": kernel.stride, "pre_bias": pre_bias, "gelu": kernel.gelu}
+    return got, selfcheck.expected(plain, x, weight, bias, **options)

@@ -64,13 +64,16 @@ def _fused(x: mx.array, weight: mx.array, bias: mx.array) -> metal_linear.Spec |
 
 
 def _checked(kernel: metal_linear.Spec) -> bool:
-    """The kernel and the plain form on sides that its tiles do not divide."""
+    """The kernel and the plain form on sides that its tiles do not divide, the longer one each."""
 
     def check() -> tuple[mx.array, mx.array]:
-        inputs = _examples(77, 100, 3 * kernel.depth)
-        x, weight, bias = (a.astype(kernel.dtype) for a in inputs)
-        wide = [a.astype(mx.float32) for a in (x, weight, bias)]
-        return metal_linear.run(x, weight, bias, kernel), plain_linear_gelu(*wide)
+        got, wanted = [], []
+        for rows in (77, 140):
+            inputs = _examples(rows, 100, 3 * kernel.depth)
+            x, weight, bias = (a.astype(kernel.dtype) for a in inputs)
+            got.append(metal_linear.run(x, weight, bias, kernel))
+            wanted.append(selfcheck.expected(plain_linear_gelu, x, weight, bias))
+        return mx.concatenate(got), mx.concatenate(wanted)
 
     return selfcheck.passes("linear_gelu", str(kernel), kernel.dtype, check)
 

@@ -29,7 +29,8 @@ SOURCE = """
 
   const int M = x_shape[0], K = x_shape[1], N = w_shape[0];
   const uint3 tile = threadgroup_position_in_grid;
-  const int m0 = int(DOWN ? tile.x : tile.y) * BM, n0 = int(DOWN ? tile.y : tile.x) * BN;
+  const bool down = M < N;
+  const int m0 = int(down ? tile.x : tile.y) * BM, n0 = int(down ? tile.y : tile.x) * BN;
   const int thread_index = int(thread_index_in_threadgroup);
   const int simd = int(simdgroup_index_in_threadgroup), lane = int(thread_index_in_simdgroup);
   const int quad = lane / 4;
@@ -159,7 +160,7 @@ def run(
     rows = x.reshape(-1, x.shape[-1])
     m, n = rows.shape[0], weight.shape[0]
     # Neighbouring groups share the larger factor's rows; the smaller one is swept from the cache.
-    down = m < n
+    down = m < n  # as the kernel says
     tiles = [-(-m // kernel.tile[0]), -(-n // kernel.tile[1])]
     fast, slow = tiles if down else reversed(tiles)
     (y,) = _metal_kernel()(
@@ -169,7 +170,6 @@ def run(
             ("BM", kernel.tile[0]),
             ("BN", kernel.tile[1]),
             ("BK", kernel.depth),
-            ("DOWN", down),
         ],
         output_shapes=[(m, n)],
         output_dtypes=[x.dtype],

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -61,6 +62,19 @@ def passes(
     return verdict.passed
 
 
+def expected(plain: Callable[..., mx.array], *arguments: Any, **options: Any) -> mx.array:
+    """What the plain form makes of these arguments, its arrays widened to float32, on the CPU.
+
+    A GPU's own float32 is no measure: with matrix units (M5) MLX's products default to TF32.
+    """
+
+    def wide(value: Any) -> Any:
+        return value.astype(mx.float32) if isinstance(value, mx.array) else value
+
+    with mx.stream(mx.cpu):
+        return plain(*map(wide, arguments), **{name: wide(v) for name, v in options.items()})
+
+
 def verdicts() -> list[Verdict]:
     """What has been checked so far in this process."""
     return list(_verdicts.values())
@@ -82,7 +96,13 @@ def _judge(
     try:
         error = relative_error(*check())
     except Exception as failure:  # whatever keeps a kernel from being built or launched
-        text = str(failure).strip() or type(failure).__name__
-        return Verdict(op, configuration, False, None, text.splitlines()[0][:200])
+        return Verdict(op, configuration, False, None, _first_error(failure))
     reason = f"error {error:.1e}, allowed {TOLERANCE[dtype]:.1e}"
     return Verdict(op, configuration, error <= TOLERANCE[dtype], error, reason)
+
+
+def _first_error(failure: Exception) -> str:
+    """One line. MLX's own says that a kernel was not built; why is in a line of the compiler's."""
+    lines = str(failure).strip().splitlines() or [type(failure).__name__]
+    errors = [line.strip() for line in lines[1:] if "error:" in line]
+    return ": ".join([lines[0].rstrip(":"), *errors[:1]])[:300]

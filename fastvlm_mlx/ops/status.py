@@ -52,42 +52,35 @@ def statuses(dtype: mx.Dtype | None = None) -> list[OpStatus]:
 
 def _statuses(dtype: mx.Dtype) -> Iterator[OpStatus]:
     x = _example(0, 1, 64, 160, 32).astype(dtype)  # above what a CPU leaves to the plain forms
-    wide = x.astype(mx.float32)
     for k, stride, multiplier, has in _DEPTHWISE:
         w = _example(1, k, k, 32 * multiplier).astype(dtype)
         bias = _example(2, 32 * multiplier).astype(dtype) if "bias" in has else None
         before = _example(3, 32).astype(dtype) if "pre_bias" in has else None
         act = "gelu" in has
         got = depthwise_conv(x, w, bias, stride=stride, pre_bias=before, gelu=act)
-        expected = plain_depthwise(
-            wide,
-            w.astype(mx.float32),
-            None if bias is None else bias.astype(mx.float32),
-            stride=stride,
-            pre_bias=None if before is None else before.astype(mx.float32),
-            gelu=act,
-        )
+        options = {"stride": stride, "pre_bias": before, "gelu": act}
+        expected = selfcheck.expected(plain_depthwise, x, w, bias, **options)
         name = f"depthwise_conv {k}x{k} stride {stride} x{multiplier}"
         form = depthwise_form(x, w, bias, stride=stride, pre_bias=before, gelu=act)
         yield _status(name, form, got, expected)
 
     qkv = _example(4, 1, 320, 3 * 32 * 4).astype(dtype)
-    expected = plain_attention(qkv.astype(mx.float32), 4)
+    expected = selfcheck.expected(plain_attention, qkv, 4)
     yield _status("attention", attention_form(qkv, 4), self_attention(qkv, 4), expected)
-    yield _status("gelu", gelu_form(x), exact_gelu(x), plain_gelu(wide))
+    expected = selfcheck.expected(plain_gelu, x)
+    yield _status("gelu", gelu_form(x), exact_gelu(x), expected)
 
-    w1, b1, w2 = _example(5, 128, 32), _example(6, 128), _example(7, 32, 128)
-    narrow = [a.astype(dtype) for a in (w1, b1, w2)]
-    rounded = [a.astype(mx.float32) for a in narrow]
-    got, expected = linear_gelu(x, *narrow[:2]), plain_linear_gelu(wide, *rounded[:2])
-    yield _status("linear_gelu", linear_gelu_form(x, *narrow[:2]), got, expected)
-    expected = plain_ffn(wide, wide, *rounded)
-    yield _status("ffn", ffn_form(x), ffn(x, x, *narrow), expected)
+    shapes = (128, 32), (128,), (32, 128)
+    w1, b1, w2 = (_example(5 + n, *shape).astype(dtype) for n, shape in enumerate(shapes))
+    expected = selfcheck.expected(plain_linear_gelu, x, w1, b1)
+    yield _status("linear_gelu", linear_gelu_form(x, w1, b1), linear_gelu(x, w1, b1), expected)
+    expected = selfcheck.expected(plain_ffn, x, x, w1, b1, w2)
+    yield _status("ffn", ffn_form(x), ffn(x, x, w1, b1, w2), expected)
 
-    shapes = (1, 40, 80, 3), (32, 3, 3, 3), (32,)
-    narrow = [_example(8 + n, *shape).astype(dtype) for n, shape in enumerate(shapes)]
-    expected = plain_stem(*(a.astype(mx.float32) for a in narrow))
-    yield _status("stem_conv", stem_form(*narrow), stem_conv(*narrow), expected)
+    shapes4 = (1, 40, 80, 3), (32, 3, 3, 3), (32,)
+    arrays = [_example(8 + n, *shape).astype(dtype) for n, shape in enumerate(shapes4)]
+    expected = selfcheck.expected(plain_stem, *arrays)
+    yield _status("stem_conv", stem_form(*arrays), stem_conv(*arrays), expected)
 
 
 def _example(seed: int, *shape: int) -> mx.array:

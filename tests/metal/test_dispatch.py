@@ -1,18 +1,23 @@
 """Choice and self-check of the Metal forms, on an emulated device."""
 
+import contextlib
 import warnings
 
 import mlx.core as mx
 import pytest
 
 from fastvlm_mlx import ops
-from fastvlm_mlx.ops import device, selfcheck, status
+from fastvlm_mlx.ops import device, linear_gelu, selfcheck, status, stem_conv
+from fastvlm_mlx.ops.linear import plain_linear_gelu
 from tests.metal.emulator import Emulator
 from tests.metal.modules import MODULES, attention_module, depthwise_module, gelu_module
 
-X = mx.random.normal((1, 9, 11, 16), key=mx.random.key(0))
-W = mx.random.normal((3, 3, 16), key=mx.random.key(1))
-QKV = mx.random.normal((1, 20, 192), key=mx.random.key(2))
+
+def example(seed: int, *shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+X, W, QKV = example(0, 1, 9, 11, 16), example(1, 3, 3, 16), example(2, 1, 20, 192)
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +72,53 @@ def test_kernel_that_cannot_run_is_replaced_inside_a_compiled_graph(metal: Emula
     assert selfcheck.relative_error(got, depthwise_module.plain(X * 2, W) + 1) < 1e-6
     verdict = selfcheck.verdicts()[0]
     assert not verdict.passed and verdict.error is None
+
+
+COMPILER = """[metal::Device] Unable to build metal library from source
+program_source:7:3: warning: unused variable 'a'
+program_source:9:5: error: no matching function for call to 'fma'
+note: candidate function not viable"""
+
+
+def test_the_reason_is_the_compilers(metal: Emulator) -> None:
+    def refuse(source: str) -> str:
+        raise RuntimeError(COMPILER)
+
+    metal.edit = refuse
+    with pytest.warns(RuntimeWarning, match="from source: program_source:9:5: error: no match"):
+        ops.depthwise_conv(X, W)
+    assert "\n" not in selfcheck.verdicts()[0].reason
+
+
+def test_checks_compare_with_float32_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the GPU: with matrix units its float32 products are TF32."""
+    places = []
+
+    def stream(device: mx.Device) -> contextlib.AbstractContextManager[None]:
+        places.append(device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(mx, "stream", stream)
+    depthwise_module.form(X.astype(mx.float16), W.astype(mx.float16), pre_bias=mx.ones(16))
+    gelu_module.form(X)
+    attention_module.form(QKV, 2)
+    linear_gelu(X, mx.zeros((20, 16)), mx.zeros(20))
+    stem_conv(X[..., :3], mx.zeros((8, 3, 3, 3)), mx.zeros(8))
+    assert len({v.op for v in selfcheck.verdicts()}) == 5
+    assert places and set(places) == {mx.cpu}
+
+    half = mx.ones(3, mx.float16)
+    seen = selfcheck.expected(lambda a, n, b: a * n + b, half, 2, b=half)
+    assert seen.dtype == mx.float32
+
+
+def test_products_of_either_shape_are_checked(metal: Emulator) -> None:
+    """Groups are dealt down or across: a kernel that gets only one of them right is not used."""
+    metal.edit = lambda source: source.replace("down = M < N", "down = true")
+    x, w, b = (example(n, *s) for n, s in enumerate(((130, 16), (20, 16), (20,))))
+    with pytest.warns(RuntimeWarning, match="linear_gelu"):
+        got = linear_gelu(x, w, b)
+    assert selfcheck.relative_error(got, plain_linear_gelu(x, w, b)) < 1e-5
 
 
 def test_the_check_leaves_the_random_state_alone() -> None:
