@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastvlm_mlx.ops import choice
 from fastvlm_mlx.ops.device import assume
@@ -23,9 +25,9 @@ class Stopwatch:
         self.timed = 0
         monkeypatch.setattr(choice, "measure", self.measure)
 
-    def measure(self, run: Callable[[], mx.array]) -> float:
-        self.timed += 1
-        return run()  # type: ignore[return-value]
+    def measure(self, runs: Mapping[str, choice.Run]) -> dict[str, float]:
+        self.timed += len(runs)
+        return {form: run() for form, run in runs.items()}  # type: ignore[misc]
 
     def prepare(self) -> dict[str, choice.Run]:
         return {form: lambda form=form: self.seconds[form] for form in self.seconds}  # type: ignore
@@ -45,6 +47,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_winners", {})
+    monkeypatch.setattr(choice, "_spent", 0.0)
+    choice._remembered.cache_clear()
 
 
 @pytest.fixture
@@ -178,6 +182,80 @@ def test_nothing_that_can_be_timed(watch: Stopwatch) -> None:
     watch.seconds = {}
     assert watch.fastest("9x9") == "kernel"
     assert not choice.cache_file().exists(), "the next process tries again"
+
+
+def test_the_file_is_read_once(watch: Stopwatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in "abc":
+        watch.fastest(case)
+    new_process(monkeypatch)
+    read, times = choice._read, []
+    monkeypatch.setattr(choice, "_read", lambda: times.append(1) or read())
+    assert [watch.fastest(case) for case in "abcabc"] == ["library"] * 6
+    assert len(times) == 1
+
+
+def test_a_process_spends_so_much_and_leaves_the_rest_to_the_next(
+    watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert watch.fastest("a") == "library"
+    monkeypatch.setattr(choice, "_spent", choice.BUDGET + 0.1)
+    assert watch.fastest("b") == "kernel" and watch.fastest("b") == "kernel"
+    assert watch.fastest("a") == "library" and watch.timed == 2
+    new_process(monkeypatch)
+    assert watch.fastest("b") == "library" and watch.timed == 4
+    assert 0 < choice._spent < choice.BUDGET
+
+
+class Clock:
+    """Evaluations that take as long as they are told; counts the calls of each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        self.evaluations: list[tuple[str, int]] = []
+        monkeypatch.setattr(choice, "_seconds", self.evaluate)
+        monkeypatch.setattr(choice.time, "perf_counter", lambda: self.now)
+        self.now = 0.0
+
+    def evaluate(self, run: choice.Run, calls: int) -> float:
+        form = str(run())
+        self.evaluations.append((form, calls))
+        self.now += calls * self.seconds[form]
+        return calls * self.seconds[form]
+
+    def measure(self) -> dict[str, float]:
+        return choice.measure({form: lambda form=form: form for form in "ab"})  # type: ignore
+
+
+def test_forms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, {"a": 1e-3, "b": 5e-4})
+    assert clock.measure() == pytest.approx({"a": 1e-3, "b": 5e-4})
+    once = [("a", 1), ("a", 1), ("b", 1), ("b", 1)]
+    assert clock.evaluations == once + [("a", 3), ("b", 3)] * 5
+
+
+def test_long_calls_are_timed_one_by_one_and_not_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, {"a": 4e-3, "b": 5e-3})
+    clock.measure()
+    assert {calls for _, calls in clock.evaluations} == {1}
+    clock = Clock(monkeypatch, {"a": 2.0, "b": 1.0})
+    assert clock.measure() == {"a": 2.0, "b": 1.0} and len(clock.evaluations) == 6
+
+
+def test_a_form_that_cannot_be_built_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, {"b": 1e-3})
+    assert list(clock.measure()) == ["b"]
+
+
+@given(st.integers(1, 2**31), st.integers(0, 2**31))
+def test_typical_sizes(size: int, most: int) -> None:
+    typical = choice.typical(size, most)
+    assert typical.bit_count() == 1 and typical.bit_length() % 2 == 1, "a power of four"
+    assert typical <= max(1, most) and typical < 2 * size + 2
+    assert typical * 2 >= size or typical * 4 > most
+
+
+def test_sizes_of_square_maps_are_typical() -> None:
+    assert [choice.typical(4**n, 2**40) for n in range(12)] == [4**n for n in range(12)]
 
 
 def test_one_form_needs_no_timing(watch: Stopwatch) -> None:

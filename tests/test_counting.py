@@ -71,7 +71,7 @@ def test_the_encoder_scales_with_the_picture() -> None:
     tower = FastViTHD(
         VisionConfig(layers=(1, 1, 1, 1, 1), dims=(16, 32, 64, 128, 256), image_size=256)
     )
-    small, large = (total(count_encoder(tower, side).values()) for side in (128, 256))
+    small, large = (total(count_encoder(tower, side).values()) for side in (384, 768))
     assert len(small.launches) == len(large.launches)
     assert 3.5 < large.flops / small.flops < 4.5
     assert 2 < large.bytes / small.bytes < 4, "weights do not grow with the picture"

@@ -248,7 +248,7 @@ def test_stem_conv(forms: str, shape: tuple[int, int, int, int]) -> None:
 
 def test_forms_of_linear_gelu_and_stem_conv(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused on an assumed GPU, unless its matrix units serve the library's product only."""
-    layer = [mx.zeros(shape, mx.float16) for shape in ((4, 32), (64, 32), (64,))]
+    layer = [mx.zeros(shape, mx.float16) for shape in ((32, 32), (64, 32), (64,))]
     conv = [mx.zeros(shape, mx.float16) for shape in ((1, 8, 8, 3), (8, 3, 3, 3), (8,))]
     with ops.assume("cpu"):
         assert (linear_module.linear_gelu_form(*layer), stem_module.form(*conv)) == (
@@ -257,6 +257,8 @@ def test_forms_of_linear_gelu_and_stem_conv(monkeypatch: pytest.MonkeyPatch) -> 
         )
     with ops.assume("metal"):
         assert linear_module.linear_gelu_form(*layer) == stem_module.form(*conv) == "kernel"
+        few = [layer[0][:31], *layer[1:]]
+        assert linear_module.linear_gelu_form(*few) == "added"
         odd = [layer[0][:, :8], layer[1][:, :8], layer[2]]
         assert linear_module.linear_gelu_form(*odd) == "added"
         monkeypatch.setattr(device, "device_info", lambda: {"architecture": "applegpu_g17g"})

@@ -1,5 +1,6 @@
 """Depthwise convolution: one or two outputs per input channel, with the small things around it."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -11,6 +12,8 @@ from .device import backend
 from .gelu import plain as plain_gelu
 
 Form = Literal["plain", "taps", "kernel"]
+
+TIMED = 2**23  # elements of the largest map that is timed: above stage 1 of a 1024 x 1024 picture
 
 
 def plain(
@@ -91,17 +94,23 @@ def _kernel(
     likeliest = metal_depthwise.spec(x, weight, bias, stride, pre_bias, gelu)
     tiles = metal_depthwise.tiles(stride, -(-x.shape[2] // stride))
     kernels = {f"{w}x{h}": replace(likeliest, tile=(w, h)) for w, h in tiles}
+    names = tuple(kernels) if x.size * weight.shape[0] ** 2 >= choice.WORTH else (*kernels,)[:1]
+    *pixels, channels = x.shape
+    side = math.isqrt(choice.typical(math.prod(pixels), TIMED // channels))
+    shape, dtype = (1, side, side, channels), x.dtype
 
     def prepare() -> dict[str, choice.Run]:
-        inputs, filters = mx.ones(x.shape, x.dtype), mx.ones(weight.shape, weight.dtype)
-        before = None if pre_bias is None else mx.ones(pre_bias.shape, pre_bias.dtype)
-        after = None if bias is None else mx.ones(bias.shape, bias.dtype)
-        mx.eval(inputs, filters, before, after)
-        call = partial(metal_depthwise.run, inputs, filters, after, stride, before, gelu)
+        x, filters = mx.ones(shape, dtype), mx.ones(weight.shape, dtype)
+        before = None if pre_bias is None else mx.ones(pre_bias.shape, dtype)
+        after = None if bias is None else mx.ones(bias.shape, dtype)
+        mx.eval(x, filters, before, after)
+        call = partial(metal_depthwise.run, x, filters, after, stride, before, gelu)
         return {name: partial(call, kernel) for name, kernel in kernels.items()}
 
-    case = f"{likeliest} {tuple(x.shape)}"
-    return kernels[choice.fastest("depthwise_conv", case, tuple(kernels), prepare)]
+    # Bias and GELU weigh the same in every tile, so they are no part of the case.
+    k, multiplier = likeliest.k, likeliest.multiplier
+    case = f"{k}x{k} stride {stride} x{multiplier}, {side}x{side}x{channels} {dtype}"
+    return kernels[choice.fastest("depthwise_conv", case, names, prepare)]
 
 
 def _check(kernel: metal_depthwise.Spec) -> tuple[mx.array, mx.array]:

@@ -13,6 +13,9 @@ from .gelu import plain as plain_gelu
 Form = Literal["plain", "added", "strips"]
 LinearForm = Literal["plain", "added", "kernel"]
 
+FEWEST_ROWS = 32  # half a tile of the kernel's; with fewer it computes more than it saves
+# Multiply-adds and elements of the largest product timed: any of a 1024 x 1024 picture is smaller.
+TIMED, TIMED_ELEMENTS = 2**32, 2**25
 HIDDEN = 1_000_000  # elements of the hidden map made at once on the CPU: it stays in the L3 cache
 
 
@@ -40,27 +43,33 @@ def linear_gelu_form(x: mx.array, weight: mx.array, bias: mx.array) -> LinearFor
 def _fused(x: mx.array, weight: mx.array, bias: mx.array) -> metal_linear.Spec | None:
     """The fused kernel for this call; none where the library's product and a GELU are faster.
 
-    Timed once per shape; the first form listed stands where nothing can be timed. With matrix
+    Timed once per size; the first form listed stands where nothing can be timed. With matrix
     units in the GPU cores (M5, 16-bit types), which only the library uses, that is the library's.
     """
-    if backend() != "metal" or not metal_linear.fits(x, weight, bias):
-        return None
-    specs = [metal_linear.spec(x, tile) for tile in metal_linear.TILES]
-    kernels = {str(kernel): kernel for kernel in specs if _checked(kernel)}
-    library_first = has_matrix_units() and x.dtype != mx.float32
-    forms = ("added", *kernels) if library_first else (*kernels, "added")
     n, k = weight.shape
     m, dtype = x.size // k, x.dtype
+    if backend() != "metal" or m < FEWEST_ROWS or not metal_linear.fits(x, weight, bias):
+        return None
+    library_first = has_matrix_units() and x.dtype != mx.float32
+    small = m * n * k < choice.WORTH
+    if library_first and small:
+        return None
+    specs = [metal_linear.spec(x, tile) for tile in metal_linear.TILES[: 1 if small else None]]
+    kernels = {str(kernel): kernel for kernel in specs if _checked(kernel)}
+    if small:
+        return next(iter(kernels.values()), None)
+    forms = ("added", *kernels) if library_first else (*kernels, "added")
+    rows = choice.typical(m, min(TIMED // (n * k), TIMED_ELEMENTS // max(n, k)))
 
     def prepare() -> dict[str, choice.Run]:
-        x, weight, bias = (a.astype(dtype) for a in _examples(m, n, k))
+        x, weight, bias = (a.astype(dtype) for a in _examples(rows, n, k))
         mx.eval(x, weight, bias)
         runs: dict[str, choice.Run] = {"added": lambda: exact_gelu(mx.addmm(bias, x, weight.T))}
         for name, kernel in kernels.items():
             runs[name] = functools.partial(metal_linear.run, x, weight, bias, kernel)
         return runs
 
-    return kernels.get(choice.fastest("linear_gelu", f"{m}x{n}x{k} {dtype}", forms, prepare))
+    return kernels.get(choice.fastest("linear_gelu", f"{rows}x{n}x{k} {dtype}", forms, prepare))
 
 
 def _checked(kernel: metal_linear.Spec) -> bool:

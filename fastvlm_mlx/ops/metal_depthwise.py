@@ -120,9 +120,9 @@ def tiles(stride: int, columns: int) -> tuple[tuple[int, int], ...]:
 
     Estimated from register counts. 8x2 holds 64 floats of sums and 56 of a 7-wide row, near the
     128 registers of a thread; with stride 2 the row doubles, and maps of 32 columns or fewer need
-    the tiles for occupancy.
+    the tiles for occupancy. Half of a wide tile would lie beside a map of 4.
     """
-    if stride == 2:
+    if stride == 2 or columns <= 4:
         return ((4, 2),)
     return ((8, 2), (4, 2)) if columns > 32 else ((4, 2), (8, 2))
 
