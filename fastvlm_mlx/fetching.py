@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import errno
 import http.client
 import io
 import ipaddress
@@ -17,6 +18,7 @@ import re
 import socket
 import ssl
 import stat
+import sys
 import time
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -25,7 +27,7 @@ from urllib.request import url2pathname
 
 from .errors import ImageError
 
-__all__ = ["open_source", "reason"]
+__all__ = ["open_source", "permission_advice", "reason"]
 
 _MAX_DOWNLOAD = 100_000_000
 _MAX_REDIRECTS = 5
@@ -84,7 +86,7 @@ def _open_file(name: str, stack: contextlib.ExitStack) -> tuple[BinaryIO, str]:
             f"{name} is a directory, expected an image file: name one in it"
         ) from error
     except PermissionError as error:
-        raise ImageError(f"{name}: permission denied; make the file readable first") from error
+        raise ImageError(f"{name}: permission denied; {permission_advice(error)}") from error
     except (OSError, ValueError, RuntimeError) as error:  # name too long, NUL in it, unknown ~user
         shown = name if len(name) <= 100 else f"{name[:100]}..."
         raise ImageError(
@@ -93,6 +95,17 @@ def _open_file(name: str, stack: contextlib.ExitStack) -> tuple[BinaryIO, str]:
     if status.st_size == 0:
         raise ImageError(f"{name}: the file is empty, expected an image: fetch or export it again")
     return stream, name
+
+
+def permission_advice(error: OSError) -> str:
+    """What to do about a file or folder that may not be read."""
+    if sys.platform == "darwin" and error.errno == errno.EPERM:
+        # Not the file's permissions: macOS keeps Desktop, Photos and others from programs.
+        return (
+            "allow your terminal to read it, in System Settings > Privacy & Security > Files and "
+            "Folders, or Full Disk Access"
+        )
+    return "make it readable first"
 
 
 def _read_file_object(source: Any) -> tuple[BinaryIO, str]:

@@ -297,3 +297,67 @@ def test_a_place_without_pictures_is_told(
 ) -> None:
     with pytest.raises(fv.ImageError, match=named):
         find_pictures([place], recursive=recursive)
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """A folder of pictures with a photo library of macOS in it."""
+    for name in ("a.jpg", "trip/b.heic", "My.photoslibrary/originals/0/0AF1.heic",
+                 "My.photoslibrary/originals/F/F00D.jpeg",
+                 "My.photoslibrary/resources/derivatives/0/0AF1_1_105_c.jpeg",
+                 "old/Old.aplibrary/Masters/2009/c.jpg", "old/Old.aplibrary/Thumbnails/c.jpg"):  # fmt: skip
+        path = tmp_path / "Pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "Pictures"
+
+
+def _found(folder: Path, place: str, **how: bool) -> tuple[list[str], list[str]]:
+    told: list[str] = []
+    names = find_pictures([f"{folder}/{place}"], notice=told.append, **how)
+    return [str(Path(name).relative_to(folder)) for name in names], told
+
+
+def test_a_photo_library_is_left_out_aloud(library: Path) -> None:
+    names, told = _found(library, "", recursive=True)
+    assert names == ["a.jpg", "trip/b.heic"]
+    assert [line.partition(": ")[0] for line in told] == [
+        f"{library}/My.photoslibrary", f"{library}/old/Old.aplibrary",
+    ]  # fmt: skip
+    assert all("left out" in line for line in told)
+    assert _found(library, "**/*.jp*g") == (["a.jpg"], told)
+    assert _found(library, "") == (["a.jpg"], []), "nobody asked for what is in folders"
+
+
+def test_a_photo_library_by_name_gives_its_originals(library: Path) -> None:
+    originals = [f"My.photoslibrary/originals/{n}" for n in ("0/0AF1.heic", "F/F00D.jpeg")]
+    assert _found(library, "My.photoslibrary/") == (originals, [])
+    assert _found(library, "old/Old.aplibrary") == (["old/Old.aplibrary/Masters/2009/c.jpg"], [])
+    assert _found(library, "My.photoslibrary/**/*.jpeg", recursive=True) == (
+        [originals[1], "My.photoslibrary/resources/derivatives/0/0AF1_1_105_c.jpeg"], [],
+    )  # fmt: skip
+    (library / "New.photoslibrary").mkdir()
+    with pytest.raises(fv.ImageError, match="no folder of originals; export"):
+        _found(library, "New.photoslibrary")
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_folder_that_macos_keeps_from_programs(
+    library: Path, monkeypatch: pytest.MonkeyPatch, recursive: bool
+) -> None:
+    def refuse(path: str) -> Any:
+        raise PermissionError(1, "Operation not permitted", path)
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("os.scandir", refuse)
+    monkeypatch.setattr("os.listdir", refuse)
+    for place in (library, library / "My.photoslibrary"):
+        with pytest.raises(fv.ImageError, match="Operation not permitted.*Privacy & Security"):
+            find_pictures([str(place)], recursive=recursive)
+
+
+def test_patterns_find_accents_in_either_form(tmp_path: Path) -> None:
+    (tmp_path / "Cafe\u0301 1.jpg").touch()  # as an application on macOS may have written it
+    (tmp_path / "Z\u00fcrich 1.jpg").touch()
+    for typed in ("Caf\u00e9*", "Cafe\u0301*", "Z\u00fcrich*", "Zu\u0308rich*"):
+        assert len(find_pictures([str(tmp_path / typed)])) == 1

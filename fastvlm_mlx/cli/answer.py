@@ -9,7 +9,7 @@ from ..errors import OptionError
 from ..listing import find_pictures
 from .many import ManyOptions, caption_each
 from .options import AnswerOptions, ModelOptions, PrintOptions, prepare_mlx, spread
-from .output import print_json, print_record, print_stats, print_stream
+from .output import print_json, print_record, print_stats, print_stream, say
 
 if TYPE_CHECKING:
     from ..vlm import FastVLM
@@ -42,7 +42,7 @@ def caption(
     """
     question = _question(prompt, style)
     options = answering.checked()
-    pictures = find_pictures(images, recursive=many.recursive)
+    pictures = find_pictures(images, recursive=many.recursive, notice=say)
     many.check(pictures, printing.as_json)
     if pictures == images and len(images) == 1 and not many.keeps:
         _answer(model.load(), images, question, options, printing)
