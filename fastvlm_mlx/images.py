@@ -11,6 +11,7 @@ uint8 until the last step. Every failure is an ImageError; nothing of PIL's own 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import os
 import struct
@@ -34,6 +35,7 @@ __all__ = [
     "Fit",
     "ImageSource",
     "PreprocessedImage",
+    "check_formats",
     "fit_image",
     "load_image",
     "to_pixels",
@@ -72,6 +74,7 @@ _DRAFT_MARGIN = 1.4
 
 # An allow-list, because PIL would hand EPS to Ghostscript; TGA has no signature to recognise.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+_HEIF_ENDINGS = (".heic", ".heif", ".hif")
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
@@ -114,6 +117,17 @@ def load_image(
                 shortest = math.ceil(draft * _DRAFT_MARGIN)
                 image.draft(None, (shortest, shortest))
             return upright_rgb(image)
+
+
+def check_formats(names: Sequence[str]) -> None:
+    """Raise ImageError if files are HEIF by their ending and the package that reads it is missing.
+
+    For before a model is loaded, or a folder is begun; whoever opens them finds out in any case.
+    """
+    heif = [n for n in names if n.lower().endswith(_HEIF_ENDINGS) and "://" not in n]
+    if heif and importlib.util.find_spec("pillow_heif") is None:
+        others = f" and {len(heif) - 1} more of {len(names)}" if len(heif) > 1 else ""
+        raise _no_heif(f"{heif[0]}{others}")
 
 
 def fit_image(
@@ -252,14 +266,18 @@ def _open_heif(stream: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     try:
         import pillow_heif
     except ImportError as error:
-        raise ImageError(
-            f"{name} is a HEIF/HEIC image, which needs an extra package: "
-            'pip install "fastvlm-mlx[heif]", or convert it to JPEG'
-        ) from error
+        raise _no_heif(name) from error
     heif = pillow_heif.open_heif(stream)
     _check_size(heif.size, name, max_pixels)
     image: Image.Image = heif.to_pillow()
     return image
+
+
+def _no_heif(what: str) -> ImageError:
+    return ImageError(
+        f"{what}: HEIF/HEIC needs an extra package: "
+        'pip install "fastvlm-mlx[heif]", or convert to JPEG'
+    )
 
 
 # --- fitting ---

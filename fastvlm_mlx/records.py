@@ -11,6 +11,8 @@ import fcntl
 import io
 import json
 import os
+import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -67,11 +69,23 @@ def json_line(fields: dict[str, Any]) -> str:
 
 
 def picture_key(image: str) -> str:
-    """What makes two names the same picture: the absolute path, or the URL as it is written."""
+    """What makes two names the same picture: folder and file name, or the URL as it is written.
+
+    Folders are told apart by the file system while they exist: /tmp and /private/tmp are one, and so
+    are Photos and photos where capitals make no difference. Keys hold for this process only.
+    """
     if image == "-" or "://" in image or image.startswith("data:"):
         return image
     # pathlib's expanduser raises for a file whose name begins with ~.
-    return os.path.abspath(os.path.expanduser(image))  # noqa: PTH100, PTH111
+    path = os.path.abspath(os.path.expanduser(image))  # noqa: PTH100, PTH111
+    folder, name = os.path.split(path)
+    if sys.platform == "darwin":  # names that differ in normalization only are one there
+        name = unicodedata.normalize("NFC", name)
+    try:
+        status = os.stat(folder)  # noqa: PTH116
+    except (OSError, ValueError):
+        return f"{folder}/{name}"
+    return f"{status.st_dev}:{status.st_ino}/{name}"
 
 
 class RecordFile:

@@ -32,7 +32,7 @@ class Sidecars:
         if form not in _FORMS:
             raise OptionError(f"sidecar is {form!r}; expected txt or xmp.")
         self._form, self._force = form, force
-        self._written: dict[Path, str] = {}
+        self._written: dict[tuple[int, int], str] = {}
 
     def path(self, picture: str) -> Path:
         """Where the caption of a picture goes."""
@@ -42,20 +42,24 @@ class Sidecars:
     def write(self, picture: str, text: str) -> None:
         """Write the caption of a picture beside it. Raises OutputError; nothing is half written."""
         path = self.path(picture)
-        owner = self._written.setdefault(path, picture)
-        if owner != picture:
-            raise OutputError(f"{path} belongs to {owner}, which differs in its ending only.")
         content = (xmp_packet(text) if self._form == "xmp" else text + "\n").encode()
         partial = path.with_name(f".{path.name}.partial")
         try:
-            if not self._force and path.exists():
+            exists = path.exists()
+            # The file system says which sidecars are one: capitals may make no difference there.
+            owner = self._written.get(_identity(path), picture) if exists else picture
+            if owner != picture:
+                raise OutputError(f"{path} belongs to {owner}, whose name differs in its ending.")
+            if not self._force and exists:
                 existing = path.read_bytes()
                 if existing == content:
+                    self._written[_identity(path)] = picture
                     return
                 if self._form == "txt" or f'x:xmptk="{_TOOL}'.encode() not in existing:
                     raise OutputError(f"{path} exists; --force replaces it.")
             partial.write_bytes(content)
             partial.replace(path)
+            self._written[_identity(path)] = picture
         except OSError as error:
             with contextlib.suppress(
                 OSError
@@ -65,6 +69,11 @@ class Sidecars:
                 f"{path} cannot be written ({error.strerror or error}); the caption is not lost "
                 "if --out keeps it"
             ) from error
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def xmp_packet(text: str) -> str:

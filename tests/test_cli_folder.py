@@ -78,6 +78,37 @@ def test_records_have_text_and_errors_and_the_exit_code_tells(tiny: Path, photos
     assert one_line(again) == "0 captioned, 0 failed, 6 done before, 1 of them failed\n"
 
 
+WITHOUT_HEIF = f"import sys; sys.modules['pillow_heif'] = None; {MAIN}"
+
+
+@pytest.mark.parametrize("command", ["caption FOLDER --out OUT", "caption ONE", "ask ONE What?",
+                                     "chat ONE", "caption FOLDER --out OUT --resume"])  # fmt: skip
+def test_heic_without_its_package_is_one_line_before_anything_else(
+    photos: Path, command: str
+) -> None:
+    """Neither a record per picture, nor the wait for a model: this one does not even exist."""
+    out = photos.parent / "captions.jsonl"
+    if "--resume" in command:
+        done = {"image": str(photos / "IMG_1.HEIC"), "text": "A cat.", "prompt_tokens": 5}
+        made = {"model": "/no/such", "prompt": "Describe the image."}
+        out.write_text(json.dumps({**done, **made, "finish_reason": "stop"}) + "\n")
+    before = out.read_bytes() if out.exists() else None
+    for name in ("IMG_1.HEIC", "IMG_2.HEIC", "IMG_3.heif"):
+        (photos / name).touch()
+    places = {"FOLDER": photos, "ONE": photos / "IMG_1.HEIC", "OUT": out}
+    words = [str(places.get(word, word)) for word in command.split()]
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_HEIF, *words, "-m", "/no/such"],
+        capture_output=True, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    line = one_line(result)
+    first = "IMG_2.HEIC and 1 more of 7" if "--resume" in command else "IMG_1.HEIC"
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert first in line and 'pip install "fastvlm-mlx[heif]"' in line
+    assert ("2 more of 8" in line) == (command == "caption FOLDER --out OUT")
+    assert (out.read_bytes() if out.exists() else None) == before
+
+
 def test_captions_do_not_depend_on_the_batch(tiny: Path, photos: Path) -> None:
     texts = set()
     for batch in ("1", "4"):
@@ -110,8 +141,10 @@ def test_the_same_picture_is_recorded_once(tiny: Path, photos: Path) -> None:
     result = caption(first, photos, first, photos / "*.png", "-m", tiny, "--out", out)
     assert result.returncode == 0
     assert len(records(out)) == 5
-    relative = run("caption", os.path.relpath(photos), "-m", tiny, "--out", out, "--resume")
-    assert "0 captioned, 0 failed, 5 done before" in one_line(relative)
+    (photos.parent / "link").symlink_to(photos)  # as /tmp is one, to /private/tmp
+    for again in (os.path.relpath(photos), photos.parent / "link"):
+        result = run("caption", again, "-m", tiny, "--out", out, "--resume")
+        assert "0 captioned, 0 failed, 5 done before" in one_line(result)
 
 
 def test_duplicates_are_captioned_once_also_after_a_resume(tiny: Path, photos: Path) -> None:

@@ -219,6 +219,33 @@ def test_pictures_that_differ_in_their_ending_do_not_share_a_text(tmp_path: Path
     assert (tmp_path / "a.txt").read_text() == "A cat.\n"
 
 
+def test_sidecars_are_one_where_the_file_system_says_so(tmp_path: Path) -> None:
+    """As A.txt and a.txt are on most Macs; here a second name of the folder stands for that."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "Photos").symlink_to(tmp_path / "photos")
+    sidecars = Sidecars("txt", force=True)
+    sidecars.write(str(tmp_path / "photos" / "a.jpg"), "A cat.")
+    sidecars.write(str(tmp_path / "photos" / "a.jpg"), "A cat, again.")
+    with pytest.raises(fv.OutputError, match=r"belongs to .*photos/a\.jpg"):
+        sidecars.write(str(tmp_path / "Photos" / "a.png"), "A dog.")
+    assert (tmp_path / "photos" / "a.txt").read_text() == "A cat, again.\n"
+
+
+def test_the_same_picture_has_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "tmp").symlink_to(tmp_path / "private")
+    there = picture_key(str(tmp_path / "private" / "a.jpg"))
+    assert picture_key(str(tmp_path / "tmp" / "a.jpg")) == there
+    assert picture_key(str(tmp_path / "tmp" / ".." / "private" / "a.jpg")) == there
+    assert picture_key(str(tmp_path / "private" / "A.jpg")) != there
+    assert picture_key(str(tmp_path / "gone" / "a.jpg")) == str(tmp_path / "gone" / "a.jpg")
+    one, two = "Caf\u00e9.jpg", "Cafe\u0301.jpg"
+    monkeypatch.setattr("sys.platform", "linux")
+    assert picture_key(one) != picture_key(two), "two files may stand side by side"
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert picture_key(one) == picture_key(two)
+
+
 def test_a_sidecar_that_cannot_be_written_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

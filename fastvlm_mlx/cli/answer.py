@@ -45,6 +45,7 @@ def caption(
     pictures = find_pictures(images, recursive=many.recursive, notice=say)
     many.check(pictures, printing.as_json)
     if pictures == images and len(images) == 1 and not many.keeps:
+        _check_formats(images)
         _answer(model.load(), images, question, options, printing)
         return
     summary = many.keeps or pictures != images
@@ -76,6 +77,7 @@ def ask(
     *images, question = items
     if not images:
         raise OptionError("Give at least one picture before the question.")
+    _check_formats(images)
     if choices is not None:
         _choose(images, question, choices, model, answering, printing)
         return
@@ -142,6 +144,13 @@ def _choose(
         print_record(images, {"choice": found.best, "probabilities": found.probabilities})
     else:
         print(found.best, flush=True)
+
+
+def _check_formats(images: list[str]) -> None:
+    prepare_mlx()
+    from ..images import check_formats
+
+    check_formats(images)
 
 
 def _sources(images: list[str]) -> list[Any]:

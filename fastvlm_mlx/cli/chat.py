@@ -53,6 +53,9 @@ def converse(
     if images and "-" in images:
         raise OptionError("stdin is where the questions come from; give pictures as files or URLs.")
     options = answering.checked()
+    from ..images import check_formats
+
+    check_formats(images or [])
     vlm = model.load()
     from ..chat import load_chat
 

@@ -82,6 +82,7 @@ def caption_each(
     summary: bool,
 ) -> None:
     """Caption all pictures, to --out, --sidecar or stdout. Exits with 1 if one failed."""
+    from ..images import check_formats
     from ..opening import default_model
     from ..records import RecordFile
     from ..sidecars import Sidecars
@@ -98,6 +99,8 @@ def caption_each(
         left, tally.before = _still_to_do(pictures, many, out, sidecars)
         tally.failed_before = sum(not well for well in out.done.values()) if out else 0
         if left:
+            # Else each would become a record of a failure, which --resume takes for done.
+            check_formats(left)
             vlm = model.load()
             if model.feature_cache is None:
                 vlm.feature_cache = None  # each picture is seen once: remembering is no use
