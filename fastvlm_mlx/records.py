@@ -71,8 +71,8 @@ def json_line(fields: dict[str, Any]) -> str:
 def picture_key(image: str) -> str:
     """What makes two names the same picture: folder and file name, or the URL as it is written.
 
-    Folders are told apart by the file system while they exist: /tmp and /private/tmp are one, and so
-    are Photos and photos where capitals make no difference. Keys hold for this process only.
+    Folders are told apart by the file system while they exist: /tmp and /private/tmp are one, and
+    so are Photos and photos where capitals make no difference. Keys hold for this process only.
     """
     if image == "-" or "://" in image or image.startswith("data:"):
         return image

@@ -6,6 +6,7 @@ that a file that is damaged, of another kind or of another version is told from 
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import SavedFileError
 
-__all__ = ["VERSION", "check_replaceable", "read_saved", "write_saved"]
+__all__ = ["VERSION", "check_replaceable", "flush", "read_saved", "write_saved"]
 
 VERSION = "1"
 _KIND, _VERSION, _FACTS, _CHECKSUM = (
@@ -57,7 +58,7 @@ def write_saved(
             mx.save_safetensors(file, dict(tensors), metadata)
             file.flush()
             if durable:
-                os.fsync(file.fileno())
+                flush(file.fileno())
         temporary.replace(target)
     except (OSError, RuntimeError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -92,6 +93,15 @@ def read_saved(
             f"{path} is damaged (its contents do not match its checksum); it cannot be used."
         )
     return loaded, facts
+
+
+def flush(handle: int) -> None:
+    """Wait until what was written to a file is on the disk. Raises OSError."""
+    os.fsync(handle)
+    # macOS: fsync may end in the drive's own cache. Not every file system knows the stronger call.
+    if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(handle, full)
 
 
 def check_replaceable(path: str | os.PathLike[str], kind: str) -> None:

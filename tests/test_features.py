@@ -1,6 +1,7 @@
 """Encoded pictures: whose they are, in files, and what a cache remembers and forgets."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
 import threading
@@ -188,9 +189,30 @@ def test_a_write_that_fails_leaves_what_was_there(
         write_saved(tmp_path / "no" / "folder", "thing", {"x": mx.zeros(3)}, {})
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_macos_flushes_the_drive_s_cache_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
+    asked: list[object] = []
+
+    def fcntl(handle: int, command: int) -> None:
+        asked.append(command)
+        if not supported:  # SMB says so, WebDAV EINVAL, ZFS ENOTTY
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("os.fsync", lambda handle: asked.append("fsync"))
+    monkeypatch.setattr("fcntl.F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr("fcntl.fcntl", fcntl)
+    write_saved(tmp_path / "a", "thing", {"x": mx.zeros(3)}, {"n": 1})
+    assert asked == ["fsync", 51]
+    assert read_saved(tmp_path / "a", "thing")[1] == {"n": 1}
+
+
 def test_a_disk_that_takes_no_more_leaves_nothing_half(tmp_path: Path) -> None:
     code = (
         "import resource, mlx.core as mx, fastvlm_mlx as fv\n"
+        # Once before, so that what a GPU's driver writes for itself is written.
+        "fv.EncodedImage(mx.zeros((64, 64))).save('b')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try: fv.EncodedImage(mx.zeros((64, 64))).save('a')\n"
         "except fv.SavedFileError as error: print(error)\n"

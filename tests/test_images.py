@@ -561,6 +561,22 @@ def test_a_real_heif(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "undamaged" in refusal(buffer.getvalue()[:200])
 
 
+def test_a_real_heif_is_turned_once_and_keeps_its_profile() -> None:
+    """A telephone held upright writes a picture that lies, and Display P3."""
+    heif = pytest.importorskip("pillow_heif")
+    lying = Image.new("RGB", (64, 48), (220, 30, 30))
+    lying.paste((30, 30, 220), (0, 0, 64, 24))  # blue above, which is right when upright
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    wide = profile(P3_COLUMNS)
+    heif.from_pillow(lying).save(buffer, exif=exif.tobytes(), icc_profile=wide)
+    image = load_image(buffer.getvalue())
+    assert image.size == (48, 64)
+    np.testing.assert_allclose(np.asarray(image)[30, 40], (30, 30, 220), atol=12)
+    np.testing.assert_allclose(np.asarray(image)[30, 5], (220, 30, 30), atol=12)
+    assert image.info["icc_profile"] == wide
+
+
 # --- draft ---
 
 

@@ -61,6 +61,21 @@ def test_quantized_files_equal_their_dequantization(tmp_path: Path) -> None:
     assert (layer.bits, layer.weight.dtype) == (4, mx.uint32)
 
 
+def test_what_macos_writes_beside_files_is_no_weights(
+    vlm: fv.FastVLM, tiny: Path, tmp_path: Path
+) -> None:
+    """On an exFAT disk each file has an AppleDouble twin, of its ending but none of its kind."""
+    folder = shutil.copytree(tiny, tmp_path / "on exFAT")
+    apple_double = bytes.fromhex("00051607 00020000") + b"Mac OS X        " + bytes(58)
+    for file in list(folder.iterdir()):
+        file.with_name(f"._{file.name}").write_bytes(apple_double)
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    assert mx.array_equal(fv.load(folder).vision(_pixels()), fv.load(tiny).vision(_pixels()))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(fv.CheckpointError, match="No weights in"):
+        fv.load(folder)
+
+
 def test_a_zip_loads_without_unpacking_and_leaves_nothing(
     vlm: fv.FastVLM, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -332,7 +332,8 @@ def library(tmp_path: Path) -> Path:
     for name in ("a.jpg", "trip/b.heic", "My.photoslibrary/originals/0/0AF1.heic",
                  "My.photoslibrary/originals/F/F00D.jpeg",
                  "My.photoslibrary/resources/derivatives/0/0AF1_1_105_c.jpeg",
-                 "old/Old.aplibrary/Masters/2009/c.jpg", "old/Old.aplibrary/Thumbnails/c.jpg"):  # fmt: skip
+                 "old/Old.aplibrary/Masters/2009/c.jpg",
+                 "old/Old.aplibrary/Thumbnails/c.jpg"):  # fmt: skip
         path = tmp_path / "Pictures" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -379,7 +380,7 @@ def test_a_folder_that_macos_keeps_from_programs(
     monkeypatch.setattr("os.scandir", refuse)
     monkeypatch.setattr("os.listdir", refuse)
     for place in (library, library / "My.photoslibrary"):
-        with pytest.raises(fv.ImageError, match="Operation not permitted.*Privacy & Security"):
+        with pytest.raises(fv.ImageError, match=r"Operation not permitted.*Privacy & Security"):
             find_pictures([str(place)], recursive=recursive)
 
 

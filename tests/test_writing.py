@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,53 @@ def test_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bo
         assert (target / "config.json").read_text() == text
         assert [p.name for p in tmp_path.iterdir()] == ["target"]
     assert not (target / "old").exists()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_that_finder_has_looked_at_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(writing, "_exchange", lambda a, b: False)
+    target = tmp_path / "new folder"
+    target.mkdir()
+    (target / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    with new_directory(target) as temporary:
+        (temporary / "config.json").write_text("new")
+    assert (target / "config.json").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["new folder"]
+
+
+def test_a_volume_without_locks_and_flushes_of_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network volume may be: only files can be flushed, nothing can be locked."""
+    flushed = []
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+        flushed.append(handle)
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("fcntl.flock", flock)
+    target = tmp_path / "target"
+    with new_directory(target) as temporary:
+        (temporary / "config.json").write_text("new")
+    assert len(flushed) == 1 and [p.name for p in target.iterdir()] == ["config.json"]
+
+    def broken(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", broken)
+    with (
+        pytest.raises(fv.CheckpointError, match="Input/output error"),
+        new_directory(tmp_path / "b"),
+    ):
+        pass
 
 
 def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:

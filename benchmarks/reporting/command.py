@@ -55,7 +55,9 @@ def _files(given: Path) -> list[Path]:
 
     if not given.is_dir():
         return [given]
-    found = sorted(given.glob("*.json"))
+    from fastvlm_mlx.checkpoint.reading import visible_files
+
+    found = visible_files(given, "*.json")
     if not found:
         raise OptionError(f"{given} has no .json file: expected records of `fastvlm bench`.")
     return found

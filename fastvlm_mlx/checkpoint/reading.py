@@ -14,7 +14,7 @@ from ..errors import CheckpointError, UnsupportedCheckpoint
 from .tensors import TensorRef
 from .torch_file import read_torch_file
 
-__all__ = ["OpenCheckpoint", "open_checkpoint", "read_json"]
+__all__ = ["OpenCheckpoint", "open_checkpoint", "read_json", "visible_files"]
 
 # Pickles that training scripts leave beside the weights, and that are none.
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "trainer_state")
@@ -76,6 +76,15 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
 
 
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """The files that match, sorted, without hidden ones.
+
+    On disks formatted as exFAT, and on many network volumes, macOS keeps a file's extended
+    attributes in another of the same ending: ._model.safetensors beside model.safetensors.
+    """
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / "adapter_config.json").is_file():
         raise UnsupportedCheckpoint(
@@ -84,9 +93,9 @@ def _weight_files(folder: Path) -> list[Path]:
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
             return _indexed_files(folder / index)
-    files = sorted(folder.glob("*.safetensors"))
+    files = visible_files(folder, "*.safetensors")
     if not files:
-        candidates = (f for s in ("bin", "pt", "pth") for f in sorted(folder.glob(f"*.{s}")))
+        candidates = (f for s in ("bin", "pt", "pth") for f in visible_files(folder, f"*.{s}"))
         files = [f for f in candidates if not f.name.startswith(_NOT_WEIGHTS)]
     if not files:
         raise CheckpointError(

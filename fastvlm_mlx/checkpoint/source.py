@@ -11,6 +11,7 @@ from importlib.resources import as_file, files
 from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError, HubError
+from .reading import visible_files
 
 __all__ = ["DEFAULT_MODEL", "checkpoint_folder"]
 
@@ -145,4 +146,4 @@ def _complete(folder: Path) -> bool:
 
         names = set(json.loads(index.read_text())["weight_map"].values())
         return all((folder / name).is_file() for name in names)
-    return any(folder.glob("*.safetensors"))
+    return bool(visible_files(folder, "*.safetensors"))

@@ -26,6 +26,7 @@ import mlx.core as mx
 
 from ..config import Config
 from ..errors import CheckpointError
+from ..saved import flush
 
 __all__ = [
     "FORMAT_VERSION",
@@ -201,8 +202,8 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise CheckpointError(f"{folder} is not a directory; choose another place.")
-    if not any(folder.iterdir()):
-        return
+    if all(path.name == ".DS_Store" for path in folder.iterdir()):
+        return  # Finder leaves one wherever it has looked
     if not overwrite:
         raise CheckpointError(
             f"{folder} already exists; choose another place, or replace it with --force."
@@ -237,7 +238,8 @@ def new_directory(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
         lock = os.open(temporary, os.O_RDONLY)
         cleanup.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # network volumes may know no locks; then nothing counts as stale
+            fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield temporary
         except OSError as error:
@@ -322,7 +324,11 @@ def _remove_if_empty(folder: Path) -> None:
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        flush(handle)
+    except OSError as error:
+        # Network file systems take no flush of a directory, and need none.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(handle)
 
