@@ -35,7 +35,9 @@ def this_machine() -> Machine:
     display = _mac_display() if mac else {}
     memory = info.get("memory_size", info.get("total_memory")) if info else None
     return Machine(
-        chip=_output("sysctl", "-n", "machdep.cpu.brand_string") if mac else _linux_chip(),
+        chip=_output("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
+        if mac
+        else _linux_chip(),
         cores=os.cpu_count(),
         gpu=gpu or display.get("sppci_model"),
         gpu_cores=_number(display.get("sppci_cores")),
@@ -115,7 +117,9 @@ def process_memory() -> int | None:
 def _system() -> str:
     machine = platform.machine()
     if sys.platform == "darwin":
-        return f"macOS {platform.mac_ver()[0]}, {machine}"
+        # A Python built for an earlier system is told 16.0 for 26.0 (cpython issue 135675).
+        release = _output("/usr/bin/sw_vers", "-productVersion") or platform.mac_ver()[0]
+        return f"macOS {release}, {machine}"
     found = re.search(r'^PRETTY_NAME="?([^"\n]+)', _text("/etc/os-release"), re.MULTILINE)
     return f"{found.group(1) if found else platform.system()}, {machine}"
 
@@ -126,21 +130,22 @@ def _linux_chip() -> str | None:
 
 
 def _mac_display() -> dict[str, Any]:
-    text = _output("system_profiler", "SPDisplaysDataType", "-json", seconds=20)
+    text = _output("/usr/sbin/system_profiler", "SPDisplaysDataType", "-json", seconds=20)
     try:
-        first: dict[str, Any] = json.loads(text or "{}")["SPDisplaysDataType"][0]
-        return first
+        return dict(json.loads(text or "{}")["SPDisplaysDataType"][0])
     except (ValueError, KeyError, IndexError, TypeError):
         return {}
 
 
 def _mac_power() -> str | None:
-    told = _output("pmset", "-g", "batt") or ""
+    told = _output("/usr/bin/pmset", "-g", "batt") or ""
     return "mains" if "AC Power" in told else "battery" if "Battery Power" in told else None
 
 
 def _mac_low_power() -> bool | None:
-    found = re.search(r"^\s*lowpowermode\s+(\d)", _output("pmset", "-g") or "", re.MULTILINE)
+    # Macs that also have a high power mode say powermode: 0 automatic, 1 low, 2 high.
+    settings = _output("/usr/bin/pmset", "-g") or ""
+    found = re.search(r"^\s*(?:low)?powermode\s+(\d)", settings, re.MULTILINE)
     return found.group(1) == "1" if found else None
 
 
@@ -175,12 +180,13 @@ def _blas() -> str | None:
 
 
 def _commit(folder: Path) -> str | None:
-    # The checkout must be the package's own, not one that happens to lie above site-packages.
-    root = _output("git", "-C", str(folder), "rev-parse", "--show-toplevel")
-    if not root or Path(root).resolve() != folder.resolve().parent:
+    # The checkout must be the package's own, not one that happens to lie above site-packages. And
+    # on a Mac without developer tools, git is a stand-in that opens a window to install them.
+    root = folder.resolve().parent
+    if not (root / ".git").exists():
         return None
-    commit = _output("git", "-C", root, "rev-parse", "--short=10", "HEAD")
-    changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
+    commit = _output("git", "-C", str(root), "rev-parse", "--short=10", "HEAD")
+    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return f"{commit}+" if commit and changed else commit
 
 
