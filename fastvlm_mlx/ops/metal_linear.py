@@ -29,8 +29,8 @@ SOURCE = """
 
   const int M = x_shape[0], K = x_shape[1], N = w_shape[0];
   const uint3 tile = threadgroup_position_in_grid;
-  const bool down = M < N;
-  const int m0 = int(down ? tile.x : tile.y) * BM, n0 = int(down ? tile.y : tile.x) * BN;
+  const bool wide = M < N;
+  const int m0 = int(wide ? tile.x : tile.y) * BM, n0 = int(wide ? tile.y : tile.x) * BN;
   const int thread_index = int(thread_index_in_threadgroup);
   const int simd = int(simdgroup_index_in_threadgroup), lane = int(thread_index_in_simdgroup);
   const int quad = lane / 4;
@@ -160,9 +160,9 @@ def run(
     rows = x.reshape(-1, x.shape[-1])
     m, n = rows.shape[0], weight.shape[0]
     # Neighbouring groups share the larger factor's rows; the smaller one is swept from the cache.
-    down = m < n  # as the kernel says
+    wide = m < n  # as the kernel says
     tiles = [-(-m // kernel.tile[0]), -(-n // kernel.tile[1])]
-    fast, slow = tiles if down else reversed(tiles)
+    fast, slow = tiles if wide else reversed(tiles)
     (y,) = _metal_kernel()(
         inputs=[rows, weight, bias],
         template=[

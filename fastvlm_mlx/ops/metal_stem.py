@@ -98,6 +98,8 @@ HEADER = """
 def fits(x: mx.array, weight: mx.array, bias: mx.array) -> bool:
     """Whether the kernel takes these arrays; under 8 elements MLX passes `constant` memory."""
     channels = weight.shape[0]
+    batch, height, width = x.shape[:3]
+    outputs = batch * -(-height // 2) * -(-width // 2) * channels
     return (
         x.dtype in DTYPES
         and weight.dtype == bias.dtype == x.dtype
@@ -105,7 +107,7 @@ def fits(x: mx.array, weight: mx.array, bias: mx.array) -> bool:
         and channels % 4 == 0
         and 8 <= channels <= MAX_CHANNELS
         and 8 <= x.size < 2**31
-        and x.size // 3 * channels < 2**31
+        and outputs // 4 < 2**31
     )
 
 

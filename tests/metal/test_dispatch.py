@@ -114,7 +114,7 @@ def test_checks_compare_with_float32_of_the_cpu(monkeypatch: pytest.MonkeyPatch)
 
 def test_products_of_either_shape_are_checked(metal: Emulator) -> None:
     """Groups are dealt down or across: a kernel that gets only one of them right is not used."""
-    metal.edit = lambda source: source.replace("down = M < N", "down = true")
+    metal.edit = lambda source: source.replace("wide = M < N", "wide = true")
     x, w, b = (example(n, *s) for n, s in enumerate(((130, 16), (20, 16), (20,))))
     with pytest.warns(RuntimeWarning, match="linear_gelu"):
         got = linear_gelu(x, w, b)

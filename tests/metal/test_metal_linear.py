@@ -1,4 +1,4 @@
-"""The product with GELU, emulated, against the plain form in float32."""
+"""The product with GELU against the plain form in float32: on a GPU, or emulated."""
 
 import itertools
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import pytest
 from fastvlm_mlx.ops import choice, device, linear, metal_linear, selfcheck
 from fastvlm_mlx.ops.linear import plain_linear_gelu
 from fastvlm_mlx.ops.selfcheck import relative_error
+from tests.metal.conftest import Device
 from tests.metal.emulator import Emulator, KernelError
 
 # One rounding to the type, relative to the largest output; what the order of float32 sums adds.
@@ -27,13 +28,13 @@ def arrays(m: int, n: int, k: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array,
 
 def error(inputs: tuple[mx.array, mx.array, mx.array], tile: tuple[int, int]) -> float:
     got = metal_linear.run(*inputs, metal_linear.spec(inputs[0], tile))
-    expected = plain_linear_gelu(*(a.astype(mx.float32) for a in inputs))
+    expected = selfcheck.expected(plain_linear_gelu, *inputs)
     assert got.shape == expected.shape and got.dtype == inputs[0].dtype
     return relative_error(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-def test_every_tile_and_edge(emulator: Emulator, dtype: mx.Dtype) -> None:
+def test_every_tile_and_edge(kernels: Device | Emulator, dtype: mx.Dtype) -> None:
     """Rows and outputs that no tile divides, in either order of the groups; both depths."""
     sizes = [
         *((m, 64, 32) for m in (1, 63, 64, 65)),
@@ -41,7 +42,7 @@ def test_every_tile_and_edge(emulator: Emulator, dtype: mx.Dtype) -> None:
         *((17, 40, k) for k in (16, 48, 96)),
     ]
     cases = [(arrays(*size, dtype), tile) for size in sizes for tile in metal_linear.TILES]
-    emulator.prepare([_call(*case) for case in cases])
+    kernels.prepare([_call(*case) for case in cases])
     for (size, tile), case in zip(itertools.product(sizes, metal_linear.TILES), cases, strict=True):
         assert error(*case) <= ERROR[dtype], (size, tile)
 
@@ -50,14 +51,14 @@ def _call(inputs: tuple[mx.array, ...], tile: tuple[int, int]) -> Callable[[], o
     return lambda: metal_linear.run(*inputs, metal_linear.spec(inputs[0], tile))
 
 
-def test_many_rows(emulator: Emulator) -> None:
+def test_many_rows(kernels: Device | Emulator) -> None:
     assert error(arrays(1000, 32, 32, mx.float16), (64, 32)) <= ERROR[mx.float16]
 
 
-def test_leading_axes_are_kept(emulator: Emulator) -> None:
+def test_leading_axes_are_kept(kernels: Device | Emulator) -> None:
     x, w, b = arrays(24, 36, 16, mx.float32)
     got = metal_linear.run(x.reshape(2, 3, 4, 16), w, b)
-    expected = plain_linear_gelu(x, w, b).reshape(2, 3, 4, 36)
+    expected = selfcheck.expected(plain_linear_gelu, x, w, b).reshape(2, 3, 4, 36)
     assert relative_error(got, expected) <= ERROR[mx.float32]
 
 

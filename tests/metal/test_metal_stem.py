@@ -1,13 +1,14 @@
-"""The first convolution, emulated, against the plain form in float32."""
+"""The first convolution against the plain form in float32: on a GPU, or emulated."""
 
 from collections.abc import Callable
 
 import mlx.core as mx
 import pytest
 
-from fastvlm_mlx.ops import metal_stem
+from fastvlm_mlx.ops import metal_stem, selfcheck
 from fastvlm_mlx.ops.selfcheck import relative_error
 from fastvlm_mlx.ops.stem import plain
+from tests.metal.conftest import Device
 from tests.metal.emulator import Emulator, KernelError
 
 # One rounding to the type, relative to the largest output; what the order of float32 sums adds.
@@ -28,13 +29,13 @@ def call(inputs: list[mx.array]) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-def test_every_size(emulator: Emulator, dtype: mx.Dtype) -> None:
+def test_every_size(kernels: Device | Emulator, dtype: mx.Dtype) -> None:
     """Odd sides, sides below a tile, groups of one tile and of many, the widest layer."""
     cases = {(s, c): arrays(s, c, dtype) for s in SIZES for c in (8, 96)}
     cases[(1, 6, 10), 256] = arrays((1, 6, 10), 256, dtype)
-    emulator.prepare([call(inputs) for inputs in cases.values()])
+    kernels.prepare([call(inputs) for inputs in cases.values()])
     for name, inputs in cases.items():
-        got, expected = metal_stem.run(*inputs), plain(*(a.astype(mx.float32) for a in inputs))
+        got, expected = metal_stem.run(*inputs), selfcheck.expected(plain, *inputs)
         assert got.shape == expected.shape and got.dtype == dtype, name
         assert relative_error(got, expected) <= ERROR[dtype], name
 
