@@ -7,7 +7,9 @@ the layout is) says. How far a weight may be off follows from the formats, whate
 * `affine`: a group whose weights span a range r has 2^bits - 1 steps of r / (2^bits - 1). MLX then
   stretches or shrinks the step, by half a step in at least 2^(bits - 1), so that zero is on the
   grid. Where it shrinks, the grid's far end falls short by up to r / 2^bits; every other weight is
-  off by less. The scale and bias are rounded to the dtype besides.
+  off by less. The scale and bias are rounded to the dtype besides; float16 has no steps finer than
+  2^-24, so a small scale may be half of that off, once for each of the 2^bits steps. MLX makes no
+  scale less than 1e-7.
 * `mxfp4`, `mxfp8`, `nvfp4`: rounding to the nearest value, at worst between the two highest that
   count: a fifth of the group's largest magnitude for 4 bits (5 between 4 and 6), a seventeenth for
   8 (17 between 16 and 18). `nvfp4` rounds its scale to four significant bits as well, and that
@@ -161,18 +163,20 @@ def _quantized(
         x = expected[rows].astype(mx.float32).reshape(groups)
         values = dequantize([part[rows] for part in parts], how).reshape(groups)
         off = mx.abs(values - x).max(axis=-1)
-        return mx.max(off / _allowed(x, how, _ROUNDOFF[dtype]))
+        return mx.max(off / _allowed(x, how, dtype))
 
     return _largest(ratio, expected.shape, streams)
 
 
-def _allowed(x: mx.array, how: Quantization, roundoff: float) -> mx.array:
+def _allowed(x: mx.array, how: Quantization, dtype: mx.Dtype) -> mx.array:
     """How far any weight of each group (..., group size) may be off; the module says why."""
+    roundoff = _ROUNDOFF[dtype]
     high, low = x.max(axis=-1), x.min(axis=-1)
     magnitude = mx.maximum(mx.abs(high), mx.abs(low))
     if how.mode == "affine":
-        span = high - low
-        return 1.0001 * span / (1 << how.bits) + roundoff * (span + 2 * magnitude) + 1e-6
+        span, steps = high - low, 1 << how.bits
+        small = 1e-7 + (steps * _SMALLEST / 2 if dtype == mx.float16 else 0)
+        return 1.0001 * span / steps + roundoff * (span + 2 * magnitude) + small
     if how.mode == "nvfp4":
         return magnitude * (1 / 5 + 1 / 15 + roundoff) + 6 * 2.0**-10
     return magnitude * ((1 / 5 if how.bits == 4 else 1 / 17) + 1e-4 + roundoff) + 1e-30

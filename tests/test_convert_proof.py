@@ -183,16 +183,25 @@ def test_the_bound_is_what_quantization_gives(how: Quantization, dtype: mx.Dtype
         rng.standard_normal((600, 256)) * np.exp(rng.uniform(-5, 2, (600, 1))),
         rng.uniform(-1, 1, (600, 256)),
         np.abs(rng.standard_normal((600, 256))) + 3,
+        # What small layer scales make of weights: below float16's normal numbers.
+        rng.standard_normal((600, 256)) * np.exp(rng.uniform(-16, -8, (600, 1)))
+        if how.mode == "affine"
+        else np.ones((600, 256)),
     ):
         x = mx.array(values.astype(np.float32))
         groups = (600, -1, how.group_size)
         off = mx.abs(dequantize(quantize(x, how, dtype), how) - x).reshape(groups)
-        roundoff = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}[dtype]
-        ratio: Any = (off.max(axis=-1) / _allowed(x.reshape(groups), how, roundoff)).max().item()
+        ratio: Any = (off.max(axis=-1) / _allowed(x.reshape(groups), how, dtype)).max().item()
         worst = max(worst, ratio)
     assert worst <= 1
     # Not a bound that anything would keep to.
     assert worst > (0.5 if dtype == mx.bfloat16 or how.mode == "nvfp4" else 0.75)
+
+
+def test_a_tower_with_small_layer_scales_can_be_quantized(tmp_path: Path) -> None:
+    nano = Path(fv.__file__).parent / "nano"
+    plan = _converted(nano, tmp_path / "out", vision_bits=8)
+    assert _check(nano, tmp_path / "out", plan).failures == []
 
 
 # ------------------------------------------------------------------------------------------ folding
