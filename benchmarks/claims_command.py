@@ -10,18 +10,9 @@ import typer
 
 from fastvlm_mlx.cli.options import prepare_mlx, spread
 
-from .options import SubjectOptions
+from .options import JsonFile, SubjectOptions, typed_command
 
 __all__ = ["claims", "roofline"]
-
-Json = Annotated[
-    Path | None,
-    typer.Option(
-        "--json",
-        metavar="FILE",
-        help="Write the record, also if interrupted; in a folder: MACHINE/NAME.json.",
-    ),
-]
 
 
 def claims(
@@ -42,7 +33,7 @@ def claims(
         float,
         typer.Option("--limit", min=0.1, help="With --quick: seconds that one run may take."),
     ] = 60.0,
-    json: Json = None,
+    json: JsonFile = None,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -50,7 +41,10 @@ def claims(
         ),
     ] = None,
 ) -> None:
-    """The paper's claims (85x, 3.2x, 7.9x ...) as ratios on this machine, with random weights."""
+    """The paper's claims (85x, 3.2x ...) as ratios on this machine.
+
+    With random weights of the published shapes.
+    """
     prepare_mlx()
     from .claims_run import Effort, begin, chosen, run
     from .claims_table import claim_lines
@@ -79,15 +73,20 @@ def roofline(
     repeat: Annotated[
         int, typer.Option("--repeat", min=1, help="Runs of each part, after one to warm up.")
     ] = 5,
-    json: Json = None,
+    json: JsonFile = None,
 ) -> None:
-    """Every part of the model beside the least time that this machine could take for it."""
+    """Every part of the model beside the least time for it.
+
+    That is the least time that this machine could take.
+    """
     prepare_mlx()
     from .roofline_measure import measure_roofline
+    from .running import check_size
     from .session import Keeper, new_record
 
     choice = subject.choice()
-    keeper = Keeper(new_record(sys.argv[1:], None), json)
+    check_size(size)
+    keeper = Keeper(new_record(typed_command(), None), json)
     with keeper, _status() as show:
         lines = measure_roofline(choice, size, repeat, keeper, show)
     print(*lines, sep="\n")

@@ -1,6 +1,5 @@
 """A run of the claims: begin or continue a record, then measure what it lacks."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from .claims_measure import Tick, claims_subject, measure_pieces
 from .claims_plan import Budget, plan_piece
 from .claims_table import measurement_of
 from .machine import available_memory
+from .options import typed_command
 from .record import Measurement, Record, Skipped, read_record
 from .session import new_record
 
@@ -51,7 +51,7 @@ def begin(claims: Sequence[Claim], dtype: str | None, resume: Path | None) -> Re
         raise OptionError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     earlier = None if resume is None else read_record(resume)
     suited = "float16" if mx.default_device() == mx.gpu else "float32"
-    record = new_record(sys.argv[1:], None)
+    record = new_record(typed_command(), None)
     record = replace(record, subject=claims_subject(claims, DTYPES[dtype or suited]))
     if earlier is None:
         return record

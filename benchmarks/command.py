@@ -1,6 +1,5 @@
 """`fastvlm bench`: how fast this machine is."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +10,23 @@ from fastvlm_mlx.cli.options import prepare_mlx, spread
 from fastvlm_mlx.cli.output import say
 
 from .claims_command import claims, roofline
-from .options import EffortOptions, JsonFile, Sizes, SubjectOptions, integers, seconds_of
+from .options import (
+    Context,
+    EffortOptions,
+    JsonFile,
+    Sizes,
+    SubjectOptions,
+    integers,
+    seconds_of,
+    typed_command,
+)
 from .reporting.command import report
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
 
 _MEASURED = {
     "encoder": "Latency of the encoder, by input size.",
-    "ttft": "Time to first token by input size: felt, part by part, and as the paper defines it.",
+    "ttft": "Time to first token by input size, part by part.",
     "decode": "Tokens per second after a prompt of --context positions.",
     "memory": "Peak memory by input size.",
     "all": "All of these, and the start of a new process.",
@@ -31,48 +39,71 @@ def _root() -> None:
 
 
 def _command(name: str) -> Callable[..., None]:
-    def measure(subject: SubjectOptions, effort: EffortOptions) -> None:
+    """The command for one kind of measurement, or "all", with the options that bear on it."""
+
+    def run(
+        subject: SubjectOptions, effort: EffortOptions, sizes: str | None, context: int | None
+    ) -> None:
         prepare_mlx()
         from .running import KINDS
         from .session import run_session
 
-        sizes, kinds = effort.chosen_sizes(), KINDS if name == "all" else (name,)
         finished = run_session(
-            subject.choice(), kinds, sizes, effort.effort(), effort.context, effort.json, _typed()
+            subject.choice(),
+            KINDS if name == "all" else (name,),
+            effort.chosen_sizes(sizes),
+            effort.effort(),
+            context,
+            effort.json,
+            typed_command(),
         )
         if not finished:
             raise typer.Exit(1)
 
-    return spread(measure)
+    def by_size(subject: SubjectOptions, sizes: Sizes = None, *, effort: EffortOptions) -> None:
+        run(subject, effort, sizes, None)
+
+    def decode(subject: SubjectOptions, context: Context = None, *, effort: EffortOptions) -> None:
+        run(subject, effort, None, context)
+
+    def everything(
+        subject: SubjectOptions,
+        sizes: Sizes = None,
+        context: Context = None,
+        *,
+        effort: EffortOptions,
+    ) -> None:
+        run(subject, effort, sizes, context)
+
+    commands: dict[str, Callable[..., None]] = {"decode": decode, "all": everything}
+    return spread(commands.get(name, by_size))
 
 
 for _name, _help in _MEASURED.items():
     app.command(_name, help=_help)(_command(_name))
 
 
-def _typed() -> list[str]:
-    """The command as it was given, from "bench" on."""
-    words = sys.argv[1:]
-    return words[words.index("bench") :] if "bench" in words else words
-
-
 @app.command()
 def count(
-    side: Annotated[int, typer.Option(help="Input side, a multiple of 64.")] = 1024,
+    size: Annotated[int, typer.Option(help="Input side, a multiple of 64.")] = 1024,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
 ) -> None:
-    """Kernel launches, bytes and FLOPs of one FastViTHD encode on Metal, counted from the graph."""
+    """Launches, bytes and FLOPs of one encode on Metal.
+
+    They are counted from FastViTHD's graph.
+    """
     prepare_mlx()
-    from fastvlm_mlx.config import VisionConfig, check_side
+    from fastvlm_mlx.config import VisionConfig
     from fastvlm_mlx.errors import OptionError
     from fastvlm_mlx.opening import DTYPES
     from fastvlm_mlx.vision import FastViTHD
 
     from .counting import count_encoder, total
+    from .running import check_size
 
     if dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    costs = count_encoder(FastViTHD(VisionConfig()), check_side(side, "side"), DTYPES[dtype])
+    costs = count_encoder(FastViTHD(VisionConfig()), check_size(size), DTYPES[dtype])
     print(f"{'':<8} {'launches':>8} {'GB':>7} {'GFLOP':>8}")
     for name, cost in [*costs.items(), ("total", total(costs.values()))]:
         launches, moved, work = len(cost.launches), cost.bytes / 1e9, cost.flops / 1e9
@@ -84,7 +115,7 @@ def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="A record, from --json.")],
     after: Annotated[Path, typer.Argument(metavar="B", help="The record to hold against it.")],
 ) -> None:
-    """Which medians of record B differ from record A by more than noise."""
+    """Which medians differ between two records by more than noise."""
     prepare_mlx()
     from .comparison import compare_records
     from .record import read_record
@@ -107,20 +138,22 @@ def peers(
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs, after one.")] = 6,
     json: JsonFile = None,
 ) -> None:
-    """Other implementations beside this one: same weights and picture, in turn, outputs first.
+    """Other implementations beside this one.
 
-    PYTHON belongs to an environment that has the peer. A checkpoint given with --model must be in
-    a layout that all of them read.
+    With the same weights and picture, in turn, outputs first. PYTHON belongs to an environment
+    that has the peer. A checkpoint given with --model must be in a layout that all of them read.
     """
     prepare_mlx()
     from .measuring import Effort
     from .peer_session import run_peers
     from .peers import parse_peer
-    from .running import check_sizes
+    from .running import check_size
 
     wanted = [parse_peer(text) for text in peer]
-    side = check_sizes([size])[0] if size is not None else None
-    if not run_peers(subject.choice(), wanted, side, Effort(repeat, warmup=1), json, _typed()):
+    side = check_size(size) if size is not None else None
+    if not run_peers(
+        subject.choice(), wanted, side, Effort(repeat, warmup=1), json, typed_command()
+    ):
         raise typer.Exit(1)
 
 
@@ -132,9 +165,10 @@ def advise(
     sizes: Sizes = None,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs, after two.")] = 10,
 ) -> None:
-    """The largest input, and the least quantization, whose first token comes in time here.
+    """The largest input whose first token comes in time here.
 
-    In time means that nine of ten did. Quantized forms are tried where they are faster: on a GPU.
+    And with the least quantization. In time means that nine of ten did. Quantized forms are tried
+    where they are faster: on a GPU.
     """
     prepare_mlx()
     from .advisor import Candidate, candidates, choose

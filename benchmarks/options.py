@@ -1,6 +1,7 @@
 """Options that the commands of `fastvlm bench` share."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,18 +10,31 @@ import typer
 
 from fastvlm_mlx.errors import OptionError
 
-__all__ = ["EffortOptions", "JsonFile", "Sizes", "SubjectOptions", "integers", "seconds_of"]
+__all__ = [
+    "Context",
+    "EffortOptions",
+    "JsonFile",
+    "Sizes",
+    "SubjectOptions",
+    "integers",
+    "seconds_of",
+    "typed_command",
+]
 
 Sizes = Annotated[
     str | None,
     typer.Option("--sizes", metavar="N,N,...", show_default="256,512,768,1024,1536"),
+]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", min=1, help="Positions before the first token that decode times."),
 ]
 JsonFile = Annotated[
     Path | None,
     typer.Option(
         "--json",
         metavar="FILE",
-        help="Write the record, also if interrupted; in a folder: MACHINE/MODEL.json.",
+        help="Write the record, also if interrupted; in a folder: MACHINE/NAME.json.",
     ),
 ]
 
@@ -59,27 +73,22 @@ class SubjectOptions:
 class EffortOptions:
     """How much is measured, and where the record goes."""
 
-    sizes: Sizes = None
     repeat: Annotated[
         int | None,
         typer.Option("--repeat", min=1, show_default="12", help="Runs, after two to warm up."),
-    ] = None
-    context: Annotated[
-        int | None,
-        typer.Option("--context", min=1, help="Positions before the first token, for decode."),
     ] = None
     quick: Annotated[
         bool, typer.Option("--quick", help="Sizes 256 and 512, six runs: under a minute on nano.")
     ] = False
     json: JsonFile = None
 
-    def chosen_sizes(self) -> tuple[int, ...]:
-        """In ascending order. Raises OptionError."""
+    def chosen_sizes(self, sizes: str | None) -> tuple[int, ...]:
+        """What --sizes says, else the usual ones, in ascending order. Raises OptionError."""
         from .running import SIZES, check_sizes
 
-        if self.sizes is None:
+        if sizes is None:
             return SIZES[:2] if self.quick else SIZES
-        return check_sizes(integers(self.sizes, "--sizes"))
+        return check_sizes(integers(sizes, "--sizes"))
 
     def effort(self) -> Any:
         """A `measuring.Effort`."""
@@ -88,6 +97,12 @@ class EffortOptions:
         if self.quick:
             return Effort(self.repeat or 6, warmup=1, answer_tokens=16, cold_starts=3)
         return Effort(self.repeat or 12)
+
+
+def typed_command() -> list[str]:
+    """The command as it was given, from "bench" on."""
+    words = sys.argv[1:]
+    return words[words.index("bench") :] if "bench" in words else words
 
 
 def integers(text: str, option: str) -> list[int]:

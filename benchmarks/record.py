@@ -32,6 +32,7 @@ __all__ = [
     "Skipped",
     "Software",
     "Subject",
+    "check_replaceable",
     "read_record",
     "write_record",
 ]
@@ -222,6 +223,19 @@ def write_record(record: Record, path: Path) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise BenchmarkError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise BenchmarkError if what stands at `path` is no record, of whatever version."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        document = None
+    if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+        raise BenchmarkError(
+            f"{path} exists and is no record of `fastvlm bench`, so it is not replaced; choose "
+            "another name or remove it."
+        )
 
 
 def read_record(path: Path) -> Record:

@@ -14,7 +14,6 @@ from .clock import timed
 from .machine import process_memory
 from .record import OURS, Measurement
 from .roofline import encoder_work, floors_of, language_work, limit_measurement, roofline_lines
-from .running import check_sizes
 from .session import Keeper
 from .subjects import Choice, build, describe
 
@@ -26,9 +25,8 @@ def measure_roofline(
 ) -> list[str]:
     """Measure into the record of `keeper` and return the table.
 
-    Raises OptionError for a wrong size, and what `subjects.build` raises.
+    `size` is a multiple of 64. Raises what `subjects.build` raises.
     """
-    check_sizes([size])
     tick("building the model")
     vlm = build(choice)
     config, network = vlm.config, vlm.network

@@ -30,7 +30,16 @@ from .measuring import (
 from .record import Measurement, Skipped
 from .subjects import Choice, stand_in_tokenizer
 
-__all__ = ["KINDS", "SIZES", "Step", "check_sizes", "needed_memory", "perform", "plan"]
+__all__ = [
+    "KINDS",
+    "SIZES",
+    "Step",
+    "check_size",
+    "check_sizes",
+    "needed_memory",
+    "perform",
+    "plan",
+]
 
 KINDS = ("encoder", "ttft", "decode", "memory", "cold_start")
 SIZES = (256, 512, 768, 1024, 1536)
@@ -54,13 +63,18 @@ class Step:
 
 def check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     """Sizes in ascending order, each once. Raises OptionError for one that no encoder takes."""
-    wrong = [size for size in sizes if size <= 0 or size % SIDE_MULTIPLE]
-    if wrong or not sizes:
+    if not sizes:
+        raise OptionError("--sizes has nothing; expected numbers, as in 256,512.")
+    return tuple(sorted({check_size(size) for size in sizes}))
+
+
+def check_size(size: int) -> int:
+    """The size, if an encoder can take it. Raises OptionError."""
+    if size <= 0 or size % SIDE_MULTIPLE:
         raise OptionError(
-            f"--sizes has {wrong[0] if wrong else 'nothing'}; expected multiples of "
-            f"{SIDE_MULTIPLE}, for example 256,512,1024."
+            f"A size is {size}; expected a positive multiple of {SIDE_MULTIPLE}, such as 512."
         )
-    return tuple(sorted(set(sizes)))
+    return size
 
 
 def plan(

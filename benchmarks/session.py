@@ -11,7 +11,7 @@ from fastvlm_mlx.cli.output import loading_progress, say
 
 from .machine import conditions_now, describe_software, this_machine
 from .measuring import Effort
-from .record import Machine, Measurement, Record, Skipped, Subject, write_record
+from .record import Machine, Measurement, Record, Skipped, Subject, check_replaceable, write_record
 from .running import perform, plan
 from .subjects import Choice, build, describe
 from .tables import Report, heading
@@ -55,12 +55,19 @@ def new_record(command: Sequence[str], subject: Subject | None) -> Record:
 
 
 class Keeper:
-    """A growing record, written after every result; unfinished until its context ends well."""
+    """A growing record, written after every result; unfinished until its context ends well.
+
+    An earlier record at its place stays until there is a result to replace it with. Raises
+    BenchmarkError for a place that cannot be written, or that holds something else.
+    """
 
     def __init__(self, record: Record, path: Path | None) -> None:
         self.record = record
         self._path = _file(path, record) if path is not None else None
-        self._save()  # a place that cannot be written is found now
+        if self._path is not None and self._path.exists():
+            check_replaceable(self._path)
+        else:
+            self._save()
 
     def __enter__(self) -> "Keeper":
         return self
@@ -68,8 +75,8 @@ class Keeper:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         failed = any(s.reason.startswith("failed") for s in self.record.skipped)
         self.record = replace(self.record, finished=kind is None and not failed)
-        self._save()
-        if self._path is not None:
+        if self._path is not None and (self.record.measurements or self.record.skipped):
+            self._save()
             state = "" if self.record.finished else ", incomplete"
             say(f"The record is in {self._path}{state}.")
 

@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fastvlm_mlx.benchmarks.record import Record, read_record, write_record
+from fastvlm_mlx.benchmarks.record import Record, Skipped, read_record, write_record
+from fastvlm_mlx.benchmarks.session import Keeper
 from tests.test_bench_compare import run as noisy_run
 
 MAIN = "from fastvlm_mlx.cli import main; main()"
@@ -63,13 +65,16 @@ def test_compare_with_itself_and_with_a_planted_slow_down(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("args", "code", "named"),
     [
-        (["ttft", "--sizes", "100"], 2, "multiples of 64"),
+        (["ttft", "--sizes", "100"], 2, "multiple of 64"),
         (["ttft", "--sizes", "256;512"], 2, "expected numbers"),
         (["ttft", "--random", "9b"], 2, "0.5b, 1.5b, 7b, nano"),
         (["encoder", "--bits", "7"], 2, "--bits"),
         (["all", "--model", "x", "--random", "nano"], 2, "choose one"),
         (["ttft", "--model", "/no/such"], 1, "No checkpoint"),
         (["encoder", "--random", "nano", "--json", "/proc/no/a.json"], 1, "Cannot write"),
+        (["encoder", "--random", "nano", "--json", "BAD"], 1, "is not replaced"),
+        (["roofline", "--random", "nano", "--size", "100"], 2, "size is 100"),
+        (["count", "--size", "100"], 2, "size is 100"),
         (["compare", "missing.json", "missing.json"], 1, "Cannot read missing.json"),
         (["compare", "BAD", "BAD"], 1, "is not JSON"),
         (["compare", "OLD", "OLD"], 1, "version 0"),
@@ -82,6 +87,19 @@ def test_mistakes_are_one_line(args: list[str], code: int, named: str, tmp_path:
     done = bench(*({"BAD": str(bad), "OLD": str(old)}.get(a, a) for a in args))
     assert named in done.stderr
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
+    assert bad.read_text() == "{"
+
+
+def test_an_earlier_record_stays_until_there_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    earlier, empty = noisy_run(0), replace(noisy_run(1), measurements=(), skipped=())
+    write_record(earlier, path)
+    with Keeper(empty, path):
+        pass
+    assert read_record(path) == earlier
+    with Keeper(empty, path) as keeper:
+        keeper.add(Skipped("decode", None, "no time"))
+    assert read_record(path).skipped[0].reason == "no time"
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:

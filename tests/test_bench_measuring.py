@@ -206,9 +206,11 @@ def test_impossible_choices(wrong: dict[str, object]) -> None:
 
 def test_sizes() -> None:
     assert check_sizes([512, 256, 512]) == (256, 512)
-    for wrong in ([100], [0], [-64], []):
-        with pytest.raises(OptionError, match="multiples of 64"):
+    for wrong in ([100], [0], [-64]):
+        with pytest.raises(OptionError, match=f"size is {wrong[0]}; .* multiple of 64"):
             check_sizes(wrong)
+    with pytest.raises(OptionError, match="nothing"):
+        check_sizes([])
 
 
 def test_records_name_no_folder_of_this_computer() -> None:

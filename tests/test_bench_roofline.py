@@ -22,7 +22,6 @@ from fastvlm_mlx.benchmarks.roofline_measure import measure_roofline
 from fastvlm_mlx.benchmarks.session import Keeper, new_record
 from fastvlm_mlx.benchmarks.subjects import Choice
 from fastvlm_mlx.config import Config, TextConfig, VisionConfig
-from fastvlm_mlx.errors import OptionError
 from fastvlm_mlx.model import Network
 
 HALF_BILLION = TextConfig(896, 4864, 24, 14, 2, 151936)
@@ -160,8 +159,3 @@ def test_a_decoded_token_always_sees_the_same_prompt() -> None:
     runs = {part.name: part.run for part in roofline_measure._parts(network, 128)}
     first, second = runs["decode"](), runs["decode"]()
     assert mx.array_equal(first, second)
-
-
-def test_a_side_that_no_encoder_takes_is_an_option_error() -> None:
-    with pytest.raises(OptionError, match="has 100; expected multiples of 64"):
-        measure_roofline(Choice(random="nano"), 100, 1, Keeper(new_record([], None), None), print)

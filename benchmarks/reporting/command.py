@@ -26,7 +26,10 @@ def report(
         typer.Option(help="Folder for report.md, index.html and the figures (needs matplotlib)."),
     ] = None,
 ) -> None:
-    """Tables of one or several records on stdout; with --out also figures and one HTML page."""
+    """Tables of records, with --out also figures and one page.
+
+    Tables are Markdown on stdout; the page is HTML.
+    """
     from fastvlm_mlx.errors import OptionError
 
     from ..record import read_record
