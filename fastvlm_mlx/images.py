@@ -69,8 +69,6 @@ MAX_PIXELS = 200_000_000
 _MAX_SIDE = 32_768
 # One resampling pass is done in strips of this many pixels, so that they stay in the cache.
 _STRIP_PIXELS = 1 << 20
-# A JPEG decoded at a reduced scale keeps its shorter side at least this many times the target.
-_DRAFT_MARGIN = 1.4
 
 # An allow-list, because PIL would hand EPS to Ghostscript; TGA has no signature to recognise.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
@@ -83,7 +81,6 @@ def load_image(
     *,
     allow_private_urls: bool = False,
     max_pixels: int = MAX_PIXELS,
-    draft: int | None = None,
 ) -> Image.Image:
     """Open any image source as a new, upright, 8-bit RGB image.
 
@@ -95,12 +92,7 @@ def load_image(
     orientation is applied; transparency is laid on white; deeper greyscale is scaled, not clipped;
     of animations the first frame is taken. A colour profile that differs from sRGB stays in
     `info["icc_profile"]`, and `fit_image` applies it after the resize, where it is cheap.
-
-    `draft` is the size the picture will be fitted to: a JPEG may then be decoded at 1/2, 1/4 or
-    1/8 scale, which is faster and no longer bit-identical.
     """
-    if draft is not None and draft < 1:
-        raise OptionError(f"draft is {draft}; expected a positive number of pixels, or None")
     if isinstance(source, Image.Image):
         _check_size(source.size, "the PIL image", max_pixels)
         with _decoding("the PIL image"):
@@ -113,9 +105,6 @@ def load_image(
         stream, name = open_source(source, allow_private_urls, stack)
         with _decoding(name):
             image = _open_encoded(stream, name, max_pixels)
-            if draft is not None and image.format in ("JPEG", "MPO"):
-                shortest = math.ceil(draft * _DRAFT_MARGIN)
-                image.draft(None, (shortest, shortest))
             return upright_rgb(image)
 
 
@@ -189,7 +178,7 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(
             f"{name} is {width}x{height}, {width * height / 1e6:.0f} megapixels, expected at most "
-            f"{max_pixels / 1e6:g}: scale it down, or raise max_pixels if you trust it"
+            f"{max_pixels / 1e6:g}: scale it down first"
         )
 
 
