@@ -43,8 +43,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise OptionError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}.")
-        if self.samples < 1 or self.shard_bytes < 1:
-            raise OptionError("samples and shard_bytes must be at least 1.")
+        if self.samples < 1:
+            raise OptionError(f"samples is {self.samples}; expected at least 1.")
         if self.target_bits is not None and self.recipe != "auto":
             raise OptionError("target_bits belongs to recipe 'auto'.")
         if self.target_bits is not None and not 2 < self.target_bits <= 16:
@@ -54,6 +54,10 @@ class Options:
         quantizes = self.quantizes or self.vision_bits is not None
         if self.fuse_only and (quantizes or self.dequantize or self.layout != "fastvlm"):
             raise OptionError("fuse_only goes with dtype alone.")
+        if self.group_size is not None and not quantizes:
+            raise OptionError(
+                "group_size needs something to quantize: bits, recipe or vision_bits."
+            )
         if self.dequantize and quantizes:
             raise OptionError("dequantize contradicts bits, mode, recipe and vision_bits.")
         if self.recipe == "auto" and (self.bits is not None or self.mode != "affine"):

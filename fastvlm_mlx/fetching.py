@@ -72,6 +72,8 @@ def _in_memory(data: bytes, name: str) -> tuple[BinaryIO, str]:
 
 
 def _open_file(name: str, stack: contextlib.ExitStack) -> tuple[BinaryIO, str]:
+    if not name:
+        raise ImageError("got an empty name, expected the path or URL of an image")
     try:
         # pathlib's expanduser raises for a file whose name begins with ~.
         path = Path(os.path.expanduser(name))  # noqa: PTH111
@@ -224,7 +226,7 @@ def _connect(parts: SplitResult, url: str, allow_private: bool) -> http.client.H
     if not allow_private and (private := [a for a in addresses if not _is_public(a)]):
         raise ImageError(
             f"{url} leads to {private[0]}, which is not a public address: download the image "
-            "yourself, or allow it with allow_private_urls"
+            "yourself, or allow it (allow_private_urls=True, --allow-private-urls)"
         )
     plain = _first_connection(addresses, port)
     connection: http.client.HTTPConnection

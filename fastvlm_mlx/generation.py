@@ -7,6 +7,7 @@ that the device works while Python handles the token before.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
@@ -59,31 +60,34 @@ class Options:
     "stop"; "length" means that `max_tokens` cut it."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        _check("temperature", self.temperature, 0 <= self.temperature <= 100, "from 0 to 100")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 or more")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
-        _check(
-            "repetition_penalty",
-            self.repetition_penalty,
-            0 < self.repetition_penalty <= 10,
-            "above 0, at most 10",
+        self._check("max_tokens", int, lambda n: n >= 1, "a whole number, at least 1")
+        self._check("temperature", float, lambda n: 0 <= n <= 100, "a number from 0 to 100")
+        self._check("top_p", float, lambda n: 0 < n <= 1, "a number above 0, at most 1")
+        self._check("top_k", int, lambda n: n >= 0, "a whole number, 0 or more")
+        self._check("min_p", float, lambda n: 0 <= n <= 1, "a number from 0 to 1")
+        self._check(
+            "repetition_penalty", float, lambda n: 0 < n <= 10, "a number above 0, at most 10"
         )
-        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64-1")
-        if any(not isinstance(s, str) or not s for s in self.stop):
+        if self.seed is not None:
+            self._check("seed", int, lambda n: 0 <= n < 2**64, "a whole number from 0 to 2**64-1")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or any(not isinstance(s, str) or not s for s in stop):
             raise OptionError(f"stop is {self.stop!r}; expected strings that are not empty.")
+        object.__setattr__(self, "stop", tuple(stop))
         if self.json_schema is not None:
             if self.stop:
                 raise OptionError("stop would cut what json_schema promises; give one of them.")
             check_schema(self.json_schema)
 
-
-def _check(name: str, value: object, fine: bool, expected: str) -> None:
-    if not fine:
-        raise OptionError(f"{name} is {value!r}; expected {expected}.")
+    def _check(
+        self, name: str, kind: type[int] | type[float], fine: Callable[[Any], bool], expected: str
+    ) -> None:
+        """Make a field a Python number (from NumPy's, say), if it is one that is `fine`."""
+        value = getattr(self, name)
+        number = isinstance(value, Integral if kind is int else Real)
+        if not number or isinstance(value, bool) or not fine(value):
+            raise OptionError(f"{name} is {value!r}; expected {expected}.")
+        object.__setattr__(self, name, kind(value))
 
 
 def make_options(given: dict[str, Any]) -> Options:

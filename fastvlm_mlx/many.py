@@ -87,8 +87,12 @@ class Job:
         """The records, lazily. Raises OptionError at once."""
         workers = min(4, os.cpu_count() or 1) if workers is None else workers
         for name, number in (("batch", batch), ("workers", workers)):
-            if number < 1:
-                raise OptionError(f"{name} is {number!r}; expected at least 1.")
+            if not isinstance(number, int) or number < 1:
+                raise OptionError(f"{name} is {number!r}; expected a whole number, at least 1.")
+        if isinstance(sources, (str, bytes)) or not isinstance(sources, Iterable):
+            raise OptionError(
+                f"images is {sources!r:.100}; expected several pictures, such as a list of paths."
+            )
         return self._records(iter(sources), batch, workers)
 
     def _records(

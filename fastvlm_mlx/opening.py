@@ -65,7 +65,7 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    if quantize is not None and quantize not in (2, 3, 4, 5, 6, 8):
+    if quantize is not None and (type(quantize) is not int or quantize not in (2, 3, 4, 5, 6, 8)):
         raise OptionError(f"quantize is {quantize!r}; expected 2, 3, 4, 5, 6 or 8 bits.")
     if image_size is not None:
         check_image_size(image_size)
@@ -77,7 +77,8 @@ def load(
     if mx.metal.is_available():
         # Once, so that macOS keeps the weights resident; 15 and later, a no-op before.
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    with checkpoint_folder(model or default_model(), revision, announce) as folder:
+    source = default_model() if model is None else model
+    with checkpoint_folder(source, revision, announce) as folder:
         loaded = load_checkpoint(
             folder,
             dtype=DTYPES[dtype] if dtype else (mx.bfloat16 if on_gpu else mx.float32),

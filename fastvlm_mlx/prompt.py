@@ -63,7 +63,12 @@ def expand(ids: Sequence[int], tokens: Sequence[int]) -> list[int]:
 
 
 def place(question: str, images: int) -> str:
-    """The question with `<image>` once per picture: where it says, else in front of it."""
+    """The question with `<image>` once per picture: where it says, else in front of it.
+
+    Raises PromptError for what is no text or empty, and for slots that do not match the pictures.
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise PromptError(f"The question is {question!r:.100}; expected a text.")
     slots = question.count(IMAGE_TEXT)
     if slots == 0:
         return f"{IMAGE_TEXT}\n" * images + question

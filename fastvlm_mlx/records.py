@@ -118,7 +118,8 @@ class RecordFile:
         try:
             self._file: BinaryIO = path.open("a+b", buffering=0)
         except OSError as error:
-            raise OutputError(_cannot("written", path, error)) from error
+            advice = "; make its folder first" if isinstance(error, FileNotFoundError) else ""
+            raise OutputError(f"{_cannot('written', path, error)}{advice}") from error
         try:
             self._end = self._begin(resume, force)
         except BaseException:

@@ -5,7 +5,7 @@ this answer, and "Yes" gains nothing from "Yes, two". Only the tokenizer's own s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +67,12 @@ class Choices:
         return first
 
 
-def check_choices(choices: Sequence[str]) -> tuple[str, ...]:
+def check_choices(choices: Iterable[str]) -> tuple[str, ...]:
     """The choices, if they are at least two different texts. Raises OptionError."""
-    if isinstance(choices, str) or any(not isinstance(choice, str) for choice in choices):
+    if isinstance(choices, str) or not isinstance(choices, Iterable):
+        raise OptionError(f"choices is {choices!r:.200}; expected a list of texts.")
+    choices = tuple(choices)
+    if any(not isinstance(choice, str) for choice in choices):
         raise OptionError(f"choices is {choices!r:.200}; expected a list of texts.")
     texts = [choice.strip() for choice in choices]
     if len(texts) < 2:
@@ -79,7 +82,7 @@ def check_choices(choices: Sequence[str]) -> tuple[str, ...]:
     twice = [text for n, text in enumerate(texts) if text in texts[:n]]
     if twice:
         raise OptionError(f"Choice {twice[0]!r} was given twice; leave one out.")
-    return tuple(choices)
+    return choices
 
 
 def log_likelihoods(

@@ -18,7 +18,7 @@ from .features import EncodedImage, FeatureCache, model_fingerprint, pixel_diges
 from .generation import Answer, Clock, Options, Prefix, Stream, Timings, generate, make_options
 from .images import Fit, ImageSource, PreprocessedImage, load_image, to_pixels
 from .many import Job, Known, Record
-from .prompt import SYSTEM, USER, expand, prompt_ids
+from .prompt import IMAGE, SYSTEM, USER, expand, prompt_ids
 from .scoring import Choices, Score, check_choices, log_likelihoods
 from .tiling import Grid, ImageSize, automatic_size, check_grid, check_image_size, fit_tiles
 from .tokenizer import Tokenizer
@@ -45,7 +45,11 @@ Images: TypeAlias = "Image | Sequence[Image]"
 
 
 class FastVLM:
-    """A loaded model. Get one from `fastvlm_mlx.load`."""
+    """A loaded model. Get one from `fastvlm_mlx.load`.
+
+    Use it from one thread: answers would be right from several, but MLX's CPU backend then aborts
+    when the process ends. `caption_many` and `ask_batch` have more than one picture in work.
+    """
 
     def __init__(
         self,
@@ -141,7 +145,12 @@ class FastVLM:
         return Choices(self._scores(images, question, check_choices(choices)))
 
     def score(self, images: Images, question: str, text: str) -> Score:
-        """How likely `text` is as the answer to a question. Raises ImageError and PromptError."""
+        """How likely `text` is as the answer to a question.
+
+        Raises OptionError (no text), ImageError, PromptError.
+        """
+        if not isinstance(text, str):
+            raise OptionError(f"text is {text!r:.100}; expected a text, which may be empty.")
         return self._scores(images, question, (text,))[0]
 
     def chat(self, *images: Image, sliding: bool = False) -> Chat:
@@ -160,6 +169,10 @@ class FastVLM:
         one request that cannot be answered fails all.
         """
         chosen = make_options(options)
+        if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in requests):
+            raise OptionError(
+                f"requests is {requests!r:.200}; expected a list of (pictures, question) pairs."
+            )
         asked = [(as_list(images), question) for images, question in requests]
         if len(asked) < 2:
             return [self.ask(*request, **options) for request in asked]
@@ -246,7 +259,17 @@ class FastVLM:
         return prompt_ids(self.tokenizer, question, images)
 
     def logits(self, token_ids: Sequence[int], images: Images = ()) -> mx.array:
-        """Logits (1, L, vocab) of a whole prompt, in which `IMAGE` stands once per picture."""
+        """Logits (1, L, vocab) of a whole prompt, in which `IMAGE` stands once per picture.
+
+        Raises PromptError for no tokens at all, one outside the vocabulary, or too many.
+        """
+        rows = self.network.vocabulary
+        wrong = [i for i in token_ids if i != IMAGE and not 0 <= i < rows]
+        if wrong or not len(token_ids):
+            raise PromptError(
+                f"Token ids have {wrong[0] if wrong else 'nothing'}; expected numbers from 0 to "
+                f"{rows - 1}, and {IMAGE} for each picture."
+            )
         encoded = [self._encoded(image, Clock()).tokens for image in as_list(images)]
         ids = expand(token_ids, [tokens.shape[0] for tokens in encoded])
         self._check_context(len(ids))

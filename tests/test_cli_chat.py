@@ -78,6 +78,14 @@ def test_mistakes_are_one_line_each_and_the_conversation_goes_on(
     assert fv.load(tiny).ask(str(photo), "What?", max_tokens=1).tokens, "the picture is whole"
 
 
+def test_json_that_is_cut_is_not_printed(tiny: Path, photo: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"const": "a text that takes more than four tokens"}')
+    result = _chat(photo, "-m", tiny, "--schema", schema, lines="What?\nAnd?")
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert result.stderr.count(b"not enough for the whole JSON") == 2
+
+
 def test_bytes_that_are_no_text_are_one_mistake(tiny: Path, photo: Path) -> None:
     result = _chat(photo, "-m", tiny, lines=b"caf\xe9?\nWhat?\n")
     assert result.returncode == 1 and "no character" in one_line(result)

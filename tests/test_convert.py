@@ -291,6 +291,8 @@ def _hashes(folder: Path) -> dict[str, str]:
         ({"recipe": "absent.toml"}, "absent.toml cannot be read"),
         ({"recipe": "mixed", "mode": "nvfp4"}, "needs mode affine"),
         ({"target_bits": 4.5}, "belongs to recipe 'auto'"),
+        ({"group_size": 32}, "group_size needs something to quantize"),
+        ({"samples": 0}, "samples is 0"),
         ({"recipe": "auto", "bits": 4}, "takes target_bits"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"layout": "gguf"}, "layout is 'gguf'; expected one of fastvlm, mlx-vlm, apple"),

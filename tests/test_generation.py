@@ -28,11 +28,27 @@ from fastvlm_mlx.prompt import SYSTEM, USER
         ("repetition_penalty", 0.0),
         ("seed", -1),
         ("stop", ("",)),
+        # A fraction of a token would never be reached, and the answer never end.
+        ("max_tokens", 1.5),
+        ("max_tokens", "5"),
+        ("max_tokens", True),
+        ("temperature", None),
+        ("temperature", "0"),
+        ("top_k", 2.5),
+        ("seed", 1.5),
+        ("stop", None),
+        ("stop", b"ab"),
     ],
 )
 def test_options_out_of_range(option: str, value: Any) -> None:
     with pytest.raises(fv.OptionError, match=option):
         fv.Options(**{option: value})
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    options = fv.Options(max_tokens=np.int64(3), temperature=np.float32(0.5), seed=np.uint32(7))
+    assert (options.max_tokens, options.temperature, options.seed) == (3, 0.5, 7)
+    assert (type(options.max_tokens), type(options.temperature)) == (int, float)
 
 
 def test_a_single_stop_string_is_not_taken_apart() -> None:

@@ -173,6 +173,8 @@ def test_one_prompt_too_long_fails_its_picture_only(vlm: fv.FastVLM, picture: np
     [
         ({"batch": 0}, "batch is 0"),
         ({"workers": -1}, "workers is -1"),
+        ({"batch": 2.5}, "batch is 2.5"),
+        ({"workers": "4"}, "workers is '4'"),
         ({"temperature": -1}, "temperature"),
         ({"tokens": 3}, "tokens"),
     ],
@@ -184,6 +186,12 @@ def test_mistakes_are_told_at_the_call(
         vlm.caption_many([], **arguments)
     with pytest.raises(fv.PromptError, match="2 <image>"):
         vlm.caption_many([], "<image> <image>")
+
+
+@pytest.mark.parametrize("images", ["photo.jpg", b"bytes of one", None])
+def test_one_picture_is_not_taken_apart(vlm: fv.FastVLM, images: Any) -> None:
+    with pytest.raises(fv.OptionError, match="several pictures"):
+        vlm.caption_many(images)
 
 
 def test_a_slow_picture_keeps_its_place(

@@ -101,11 +101,17 @@ def test_a_tie_is_told_and_not_guessed() -> None:
         (["yes", "no", "yes "], "'yes' was given twice"),
         ("yes,no", "expected a list"),
         ([1, 2], "expected a list"),
+        (None, "expected a list"),
     ],
 )
 def test_wrong_choices(vlm: fv.FastVLM, choices: list[str], said: str) -> None:
     with pytest.raises(fv.OptionError, match=said):
         vlm.choose((), "What?", choices)
+
+
+def test_choices_are_read_once(vlm: fv.FastVLM) -> None:
+    found = vlm.choose((), "What?", (text for text in ("yes", "no")))  # type: ignore[arg-type]
+    assert list(found.probabilities) == ["yes", "no"]
 
 
 def test_the_context_window_counts_the_answer(tiny: Path) -> None:

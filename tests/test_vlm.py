@@ -1,6 +1,7 @@
 """The object users hold: encoding, several pictures, and input that does not fit."""
 
 import dataclasses
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -107,8 +108,49 @@ def test_misspelt_option_lists_the_right_ones(vlm: fv.FastVLM, picture: np.ndarr
 
 @pytest.mark.parametrize(
     "option",
-    [{"dtype": "int8"}, {"quantize": 7}, {"image_size": 100}, {"image_size": 0}, {"fit": "squash"}],
+    [
+        {"dtype": "int8"},
+        {"quantize": 7},
+        {"quantize": 4.0},
+        {"image_size": 100},
+        {"image_size": 0},
+        {"fit": "squash"},
+    ],
 )
 def test_wrong_load_options_are_told_before_anything_is_read(option: dict[str, object]) -> None:
     with pytest.raises(fv.OptionError, match=next(iter(option))):
         fv.load("does/not/exist", **option)  # type: ignore[arg-type]
+
+
+def test_a_model_is_named_and_a_revision_belongs_to_the_hub(tiny: object) -> None:
+    with pytest.raises(fv.CheckpointError, match="No checkpoint at '': expected"):
+        fv.load("")
+    with pytest.raises(fv.OptionError, match="revision is 'main'"):
+        fv.load(str(tiny), revision="main")
+
+
+@pytest.mark.parametrize("question", ["", " \n", None, b"What?", ["What?"]])
+def test_a_question_is_a_text(vlm: fv.FastVLM, picture: np.ndarray, question: Any) -> None:
+    for ask in (lambda: vlm.ask(picture, question), lambda: vlm.chat(picture).ask(question)):
+        with pytest.raises(fv.PromptError, match="The question is"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("requests", "options"),
+    [(("a.jpg", "What?"), {}), ([("a.jpg", "What?", 1)], {}), ([("a.jpg",)], {})],
+)
+def test_a_batch_is_a_list_of_pairs(vlm: fv.FastVLM, requests: Any, options: Any) -> None:
+    with pytest.raises(fv.OptionError, match="pairs"):
+        vlm.ask_batch(requests, **options)
+
+
+@pytest.mark.parametrize("ids", [[], [5, 320], [-1], [10**9]])
+def test_token_ids_outside_the_vocabulary(vlm: fv.FastVLM, ids: list[int]) -> None:
+    with pytest.raises(fv.PromptError, match="from 0 to 319" if ids else "nothing"):
+        vlm.logits(ids)
+
+
+def test_what_is_scored_is_a_text(vlm: fv.FastVLM, picture: np.ndarray) -> None:
+    with pytest.raises(fv.OptionError, match="text is None"):
+        vlm.score(picture, "What?", None)  # type: ignore[arg-type]

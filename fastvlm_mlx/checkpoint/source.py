@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path, PurePosixPath
 
-from ..errors import CheckpointError, HubError
+from ..errors import CheckpointError, HubError, OptionError
 from .reading import visible_files
 
 __all__ = ["DEFAULT_MODEL", "checkpoint_folder"]
@@ -31,16 +31,18 @@ def checkpoint_folder(
     """A directory with the files of `source`, for as long as the context lasts.
 
     `announce` gets one line before a download (size and licence). Raises CheckpointError for
-    paths and zips, HubError for the Hub.
+    paths and zips, HubError for the Hub, OptionError for a revision of what is not on the Hub.
     """
     text = os.fspath(source)
     path = Path(text).expanduser()
+    if revision is not None and (text in _BUILT_IN or path.exists()):
+        raise OptionError(f"revision is {revision!r}, but {text} is not on the Hub; leave it out.")
     if text in _BUILT_IN and not path.exists():
         with as_file(files("fastvlm_mlx") / text) as folder:
             if not (folder / "config.json").is_file():
                 raise CheckpointError(f"This installation does not contain the {text} model.")
             yield folder
-    elif path.is_dir():
+    elif text and path.is_dir():
         yield path
     elif path.is_file():
         if not zipfile.is_zipfile(path):

@@ -24,7 +24,7 @@ __all__ = ["app", "main"]
 
 _PLUGINS = "fastvlm_mlx.commands"
 _PLUGIN_HELP = {
-    "convert": "Convert a PyTorch or MLX checkpoint to folded, quantized safetensors.",
+    "convert": "Convert a checkpoint to folded, quantized safetensors.",
     "bench": "Measure encoder latency and time to first token on this machine.",
 }
 

@@ -1,6 +1,9 @@
 """`fastvlm caption` and `fastvlm ask`: one answer per picture, or one about all of them."""
 
+import os
+import re
 import sys
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,7 +12,7 @@ from ..errors import OptionError
 from ..listing import find_pictures
 from .many import ManyOptions, caption_each
 from .options import AnswerOptions, ModelOptions, PrintOptions, prepare_mlx, spread
-from .output import print_json, print_record, print_stats, print_stream, say
+from .output import print_answer, print_json, print_record, print_stats, say
 
 if TYPE_CHECKING:
     from ..vlm import FastVLM
@@ -37,10 +40,12 @@ def caption(
 ) -> None:
     """Describe each picture. One that fails does not stop the rest.
 
-    A single picture is described as the words come. Of several, each line is one picture, or
-    --out and --sidecar write files; whatever ends such a run, --resume continues it.
+    A single picture is described as the words come. Of several, each answer is printed behind
+    its picture's name, or --out and --sidecar write files; whatever ends such a run, --resume
+    continues it.
     """
     question = _question(prompt, style)
+    check_question(question, 1)
     options = answering.checked()
     pictures = find_pictures(images, recursive=many.recursive, notice=say)
     many.check(pictures, printing.as_json)
@@ -75,14 +80,26 @@ def ask(
     <image> in the question marks where each picture stands; without it they stand in front.
     """
     *images, question = items
+    # os.path answers False where pathlib would raise: a question may be too long for a path.
+    if os.path.isfile(question) or re.fullmatch(r"https?://\S+", question):  # noqa: PTH113
+        raise OptionError(f"{question} is a picture; put the question behind the pictures.")
     if not images:
         raise OptionError("Give at least one picture before the question.")
+    check_question(question, len(images))
     _check_formats(images)
     if choices is not None:
         _choose(images, question, choices, model, answering, printing)
         return
     options = answering.checked()
     _answer(model.load(), images, question, options, printing)
+
+
+def check_question(question: str, pictures: int) -> None:
+    """Before any weights are loaded. Raises PromptError."""
+    prepare_mlx()
+    from ..prompt import place
+
+    place(question, pictures)
 
 
 def _question(prompt: str | None, style: str | None) -> str:
@@ -110,15 +127,10 @@ def _answer(
     from ..generation import check_whole
 
     stream = vlm.stream(_sources(images), question, **options)
-    structured = options["json_schema"] is not None
     if printing.as_json:
         print_json(images, stream.finish())
-    elif structured:
-        # Nothing before it is whole, so that no reader takes half of it for the answer.
-        if stream.finish().finish_reason == "stop":
-            print(stream.answer.text, flush=True)
     else:
-        print_stream(stream)
+        print_answer(stream, options)
     if printing.stats:
         print_stats(stream.answer)
     check_whole(stream.answer, options)
@@ -133,8 +145,13 @@ def _choose(
     printing: PrintOptions,
 ) -> None:
     """Print the likeliest of the given answers, or all with their probabilities."""
-    if answering != AnswerOptions() or printing.stats:
-        raise OptionError("--choices weighs given answers: it goes with no option for new ones.")
+    unfit = [f.name for f in fields(answering) if getattr(answering, f.name) != f.default]
+    unfit += ["stats"] * printing.stats
+    if unfit:
+        raise OptionError(
+            f"--{unfit[0].replace('_', '-')} does not go with --choices, which weighs answers "
+            "instead of making one; leave one of them out."
+        )
     prepare_mlx()
     from ..scoring import check_choices
 

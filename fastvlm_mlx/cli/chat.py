@@ -12,7 +12,7 @@ import typer
 
 from ..errors import FastVLMError, OptionError
 from .options import AnswerOptions, ModelOptions, Stats, spread
-from .output import print_stats, print_stream, say
+from .output import print_answer, print_stats, say
 
 if TYPE_CHECKING:
     from ..chat import Chat
@@ -45,10 +45,11 @@ def converse(
     answering: AnswerOptions,
     stats: Stats = False,
 ) -> None:
-    """Talk about pictures, one question per line; each picture is encoded once.
+    """Talk about pictures, one question per line.
 
-    In the conversation: /image PATH, /clear, /save PATH, /stats, /help, /quit. Ctrl-C breaks off
-    an answer; at the prompt Ctrl-C or Ctrl-D leaves. Questions may also come through a pipe.
+    Each picture is encoded once. In the conversation: /image PATH, /clear, /save PATH, /stats,
+    /help, /quit. Ctrl-C breaks off an answer; at the prompt Ctrl-C or Ctrl-D leaves. Questions may
+    also come through a pipe.
     """
     if images and "-" in images:
         raise OptionError("stdin is where the questions come from; give pictures as files or URLs.")
@@ -95,12 +96,15 @@ class _Session:
                 say("(interrupted)")
 
     def answer(self, question: str) -> None:
+        from ..generation import check_whole
+
         stream = self.chat.stream(question, **self.options)
         for forgotten in stream.dropped:
             say(f"(forgotten, to make room: {forgotten})")
-        print_stream(stream)
+        print_answer(stream, self.options)
         if self.stats:
             print_stats(stream.answer)
+        check_whole(stream.answer, self.options)
 
     def obey(self, command: str, argument: str) -> None:
         """Carry out one of the commands in `_HELP`. Raises FastVLMError."""

@@ -63,6 +63,8 @@ class ManyOptions:
             raise OptionError("--resume continues and --force replaces; give one of them.")
         if self.resume and not self.keeps:
             raise OptionError("--resume needs --out or --sidecar: there is nothing to continue.")
+        if self.force and not self.keeps:
+            raise OptionError("--force needs --out or --sidecar: there is nothing to replace.")
         if self.keeps and as_json:
             raise OptionError("--json is for stdout; --out and --sidecar write files instead.")
         if self.sidecar and any(name == "-" or "://" in name for name in pictures):

@@ -34,7 +34,7 @@ __all__ = [
     "spread",
 ]
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document per picture.")]
+Json = Annotated[bool, typer.Option("--json", help="As a JSON document.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Timings on stderr after each answer.")]
 
 
@@ -57,7 +57,8 @@ class ModelOptions:
         None
     )
     quantize: Annotated[
-        int | None, typer.Option("--quantize", "-q", help="Bits, while loading.")
+        int | None,
+        typer.Option("--quantize", "-q", help="Language model in 2 to 6, or 8 bits."),
     ] = None
     image_size: Annotated[
         str | None,
@@ -92,7 +93,7 @@ class ModelOptions:
     ] = False
 
     def load(self) -> "FastVLM":
-        """The model, with a bar on stderr if it takes long."""
+        """The model, with a bar on stderr if it takes long. Errors as in `fastvlm_mlx.load`."""
         prepare_mlx()
         from ..opening import load
 
@@ -155,7 +156,9 @@ class AnswerOptions:
 class PrintOptions:
     """What is printed beside the plain answer."""
 
-    as_json: Json = False
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document per answer, on a line.")
+    ] = False
     stats: Stats = False
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "loading_progress",
+    "print_answer",
     "print_facts",
     "print_json",
     "print_record",
     "print_stats",
-    "print_stream",
     "say",
 ]
 
@@ -27,7 +27,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def print_stream(stream: "Stream") -> None:
+def _print_stream(stream: "Stream") -> None:
     """The answer while it is produced, on a line of its own."""
     try:
         for chunk in stream:
@@ -37,6 +37,14 @@ def print_stream(stream: "Stream") -> None:
         # Also after Ctrl-C: what was said so far stands on a line of its own.
         sys.stdout.write("\n")
         sys.stdout.flush()
+
+
+def print_answer(stream: "Stream", options: Mapping[str, Any]) -> None:
+    """The answer as it comes; JSON when it is whole, so that no reader takes half for all of it."""
+    if options["json_schema"] is None:
+        _print_stream(stream)
+    elif stream.finish().finish_reason == "stop":
+        print(stream.answer.text, flush=True)
 
 
 def print_json(images: list[str], answer: "Answer") -> None:
