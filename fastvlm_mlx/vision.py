@@ -179,7 +179,8 @@ class Head(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv(x)
-        pooled = x.mean(axis=(1, 2), keepdims=True)
+        # In float32: a mean is a sum before it is divided, and 256 values sum to float16's end.
+        pooled = x.astype(mx.float32).mean(axis=(1, 2), keepdims=True).astype(x.dtype)
         gate = mx.sigmoid(self.expand(nn.relu(self.reduce(pooled))))
         return ops.exact_gelu(x * gate)
 

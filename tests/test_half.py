@@ -11,6 +11,7 @@ import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.half import choose_residual_scales, probe_pixels
 from fastvlm_mlx.checkpoint.loading import examine_checkpoint
 from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.vision import Head
 
 TOWER = "model.vision_tower.vision_tower.model.network"
 
@@ -91,6 +92,21 @@ def test_scaling_changes_nothing_in_float32(loud: Path, monkeypatch: pytest.Monk
     other = fv.load(loud, dtype="float32")
     assert other.config.vision.residual_scales[4] < 1
     assert mx.array_equal(other.vision(_pixels()), exact)
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_the_gate_of_a_large_map(side: int) -> None:
+    """Squeeze and excitation: the sum over a map leaves float16's range long before its mean."""
+    head = Head(16, 2, 4)
+    head.conv.weight = mx.zeros((3, 3, 32)).at[1, 1].add(1)
+    head.reduce.weight = mx.ones((8, 32)) / 32
+    x = mx.random.uniform(300, 400, (1, side, side, 16), key=mx.random.key(0))
+    expected = head(x)
+    head.set_dtype(mx.float16)
+    got = head(x.astype(mx.float16))
+    assert got.dtype == mx.float16
+    error = mx.abs(got.astype(mx.float32) - expected).max() / mx.abs(expected).max()
+    assert error.item() < 2e-3
 
 
 def test_a_quiet_tower_is_left_alone(tiny: Path) -> None:
