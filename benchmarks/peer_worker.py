@@ -160,14 +160,19 @@ def main() -> None:
         side = kind(checkpoint, dtype)
         reply(version=version(kind.package), device=side.device)
     except Exception as error:  # whatever it is, the other process says it
-        reply(error=f"{type(error).__name__}: {error}")
+        reply(error=_in_one_line(error))
         return
     with contextlib.suppress(KeyboardInterrupt):
         for line in sys.stdin:
             try:
                 reply(**_handle(side, json.loads(line)))
             except Exception as error:
-                reply(error=f"{type(error).__name__}: {error}")
+                reply(error=_in_one_line(error))
+
+
+def _in_one_line(error: Exception) -> str:
+    """Some libraries begin their messages with an empty line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _handle(side: Any, request: dict[str, Any]) -> dict[str, Any]:

@@ -101,8 +101,7 @@ class Peer:
         line = self._process.stdout.readline()
         reply: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
         if "error" in reply:
-            first = str(reply["error"]).strip().splitlines()[0]
-            raise BenchmarkError(f"{self.name}: {first}")
+            raise BenchmarkError(f"{self.name}: {reply['error']}")
         return reply
 
     def _last_words(self) -> str:

@@ -239,7 +239,8 @@ class _Folder:
             # Not worth waiting for the disk: what a power cut spoils is found out by its checksum.
             image._write(path, durable=False)
             self._written += 1
-            self._estimate += path.stat().st_size
+            with contextlib.suppress(FileNotFoundError):  # another process made room
+                self._estimate += path.stat().st_size
             if self._written > self._EVERY or self._estimate > self._limit:
                 self._tidy()
         except (OSError, SavedFileError) as error:

@@ -160,6 +160,19 @@ def test_an_environment_without_the_peer_is_recorded(tiny: Path, tmp_path: Path)
     assert [m.implementation for m in record.measurements] == ["fastvlm-mlx"] * 2
 
 
+def test_what_a_peer_says_of_its_failure_is_one_line(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "mlx_vlm"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise ImportError("\\nNo such part.\\nInstall it.")\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(
+        BenchmarkError, match=r"^mlx-vlm: ImportError: No such part\. Install it\.$"
+    ):
+        Peer("mlx-vlm", Path(sys.executable), tiny, "float32")
+
+
 def test_peer_options() -> None:
     assert parse_peer(f"mlx-vlm={sys.executable}") == ("mlx-vlm", Path(sys.executable))
     for wrong in ("mlx-vlm", "mlx-vlm=", "llama.cpp=/bin/sh", "mlx-vlm=/no/such/python"):

@@ -367,6 +367,23 @@ def test_many_writers_share_a_folder(tmp_path: Path) -> None:
     assert not [f for f in tmp_path.iterdir() if f.suffix != ".safetensors"]
 
 
+def test_a_file_removed_at_once_by_another_process_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = fv.EncodedImage._write
+
+    def write_and_lose(self: fv.EncodedImage, path: Path, *, durable: bool) -> None:
+        write(self, path, durable=durable)
+        path.unlink()
+
+    monkeypatch.setattr(fv.EncodedImage, "_write", write_and_lose)
+    cache = fv.FeatureCache(folder=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache.put(fv.EncodedImage(mx.ones((4, 8)), "m", "p"))
+    assert cache.get("m", "p") is not None, "still in memory"
+
+
 def test_a_folder_that_cannot_be_written_costs_one_warning(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,8 @@ def form(
 ) -> Form:
     """How `depthwise_conv` computes this call. The plain form is cuDNN's on CUDA."""
     where = backend()
-    if where == "cpu" and x.dtype == weight.dtype == mx.float32 and x.size > host.SMALL:
+    outputs = x.size // x.shape[-1] // stride**2 * weight.shape[-1]
+    if where == "cpu" and x.dtype == weight.dtype == mx.float32 and outputs > host.SMALL:
         return "taps"
     if where == "metal" and metal_depthwise.fits(x, weight):
         kernel = _kernel(x, weight, bias, stride, pre_bias, gelu)

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 import mlx.core as mx
 
 STRIP = 400_000  # elements of a strip of a map: its partial sums stay in the L3 cache
-SMALL = 1 << 18
-"""Elements up to which the plain forms serve: the fast ones are compiled by g++, which takes
-seconds at their first use on a machine, more than a small picture is worth."""
+SMALL = 1 << 16
+"""Elements of a result up to which the plain forms serve. The fast ones of convolution and
+attention are some twenty loops compiled by g++: seconds at their first use on a machine."""
 _MAX_STREAMS = 8
 
 
