@@ -259,8 +259,9 @@ def test_an_unreachable_hub_names_nano(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(fv.HubError, match=r"Cannot get apple/FastVLM-9B.*--model nano"):
-        fv.load("apple/FastVLM-9B")
+    for name in ("apple/FastVLM-9B", "apple/no--such..name-"):
+        with pytest.raises(fv.HubError, match=rf"Cannot get {name}.*--model nano"):
+            fv.load(name)
 
 
 def test_loading_reports_progress(tiny: Path) -> None:

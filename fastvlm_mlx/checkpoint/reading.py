@@ -17,7 +17,7 @@ from .torch_file import read_torch_file
 __all__ = ["OpenCheckpoint", "open_checkpoint", "read_json", "visible_files"]
 
 # Pickles that training scripts leave beside the weights, and that are none.
-_NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "trainer_state")
+NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "trainer_state")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def open_checkpoint(folder: Path) -> OpenCheckpoint:
         raise CheckpointError(f"{config_file} holds a {type(config).__name__}; expected an object.")
     tensors: dict[str, TensorRef] = {}
     metadata: dict[str, str] = {}
-    files = _weight_files(folder)
+    files = weight_files(folder)
     for file in files:
         found, extra = (
             _read_safetensors(file)
@@ -85,7 +85,8 @@ def visible_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights. Raises CheckpointError if one is missing."""
     if (folder / "adapter_config.json").is_file():
         raise UnsupportedCheckpoint(
             f"{folder} is a LoRA adapter; merge it into its base model and load the result."
@@ -96,7 +97,7 @@ def _weight_files(folder: Path) -> list[Path]:
     files = visible_files(folder, "*.safetensors")
     if not files:
         candidates = (f for s in ("bin", "pt", "pth") for f in visible_files(folder, f"*.{s}"))
-        files = [f for f in candidates if not f.name.startswith(_NOT_WEIGHTS)]
+        files = [f for f in candidates if not f.name.startswith(NOT_WEIGHTS)]
     if not files:
         raise CheckpointError(
             f"No weights in {folder}: expected *.safetensors (or .bin, .pt, .pth) files."

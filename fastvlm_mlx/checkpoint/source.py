@@ -5,21 +5,22 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError, HubError, OptionError
-from .reading import visible_files
+from .reading import NOT_WEIGHTS, weight_files
 
 __all__ = ["DEFAULT_MODEL", "checkpoint_folder"]
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 _BUILT_IN = ("nano",)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# What a checkpoint needs; leaves out pictures, remote code and optimizer states.
-_WANTED = ("*.json", "*.safetensors", "merges.txt", "LICENSE*", "README.md")
+# What a checkpoint needs beside weights; leaves out pictures, remote code and optimizer states.
+_WANTED = ("*.json", "merges.txt", "LICENSE*", "README.md")
+_PICKLES = (".bin", ".pt", ".pth")
 
 Announce = Callable[[str], None]
 
@@ -106,26 +107,25 @@ def _unpack(archive: Path, target: Path) -> Path:
 
 def _from_hub(repository: str, revision: str | None, announce: Announce | None) -> Path:
     # Imported here: it costs 0.2 s that a local checkpoint does not need.
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
     try:
-        cached = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-        if _complete(cached):
-            return cached
-    except LocalEntryNotFoundError:
-        pass
-    try:
+        # Not snapshot_download(local_files_only=True), which since huggingface-hub 2 asks for every
+        # file of the repository, the unwanted ones too.
+        cached = try_to_load_from_cache(repository, "config.json", revision=revision)
+        if isinstance(cached, str) and _complete(Path(cached).parent):
+            return Path(cached).parent
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
+        wanted = _wanted(sizes)
         if announce:
-            info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-            size = sum(f.size or 0 for f in info.siblings or [] if _is_wanted(f.rfilename))
             card = info.card_data.to_dict() if info.card_data else {}
             licence = card.get("license_name") or card.get("license") or "not stated"
             announce(
-                f"Downloading {repository} ({size / 1e9:.2f} GB), licence: {licence} "
-                f"(https://huggingface.co/{repository})"
+                f"Downloading {repository} ({sum(map(sizes.__getitem__, wanted)) / 1e9:.2f} GB), "
+                f"licence: {licence} (https://huggingface.co/{repository})"
             )
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_WANTED)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the client's own HTTP library differs between its releases
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HubError(
@@ -134,18 +134,22 @@ def _from_hub(repository: str, revision: str | None, announce: Announce | None) 
         ) from error
 
 
-def _is_wanted(name: str) -> bool:
-    return any(PurePosixPath(name).match(pattern) for pattern in _WANTED)
+def _wanted(names: Iterable[str]) -> list[str]:
+    """The files to fetch: no folders, and pickles only where there are no safetensors."""
+    files = [name for name in names if "/" not in name]
+    weights = [name for name in files if name.endswith(".safetensors")] or [
+        name for name in files if name.endswith(_PICKLES) and not name.startswith(NOT_WEIGHTS)
+    ]
+    return weights + [n for n in files if any(PurePosixPath(n).match(p) for p in _WANTED)]
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a cached snapshot has what its own index lists (downloads can be interrupted)."""
-    if not (folder / "config.json").is_file():
+    """Whether a cached snapshot has all that loading needs: downloads can be interrupted."""
+    try:
+        weight_files(folder)
+    except CheckpointError:
         return False
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        import json
-
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return all((folder / name).is_file() for name in names)
-    return bool(visible_files(folder, "*.safetensors"))
+    present = {path.name for path in folder.iterdir()}
+    return "config.json" in present and (
+        "tokenizer.json" in present or {"vocab.json", "merges.txt"} <= present
+    )

@@ -93,6 +93,8 @@ def main() -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("fastvlm", _printable)
         sys.stdout.reconfigure(errors="fastvlm")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
     try:
         app()
         sys.exit(0)
