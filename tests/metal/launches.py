@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,11 @@ def evaluated(expression: str, values: dict[str, int]) -> int:
 
 
 @contextmanager
-def recording(monkeypatch: pytest.MonkeyPatch, form: int = 0) -> Iterator[list[Launch]]:
-    """Launches from here on; of competing forms of an operation, the one of this number."""
+def recording(monkeypatch: pytest.MonkeyPatch, form: int | None = 0) -> Iterator[list[Launch]]:
+    """Launches from here on, as of an assumed Mac; of competing forms, the one of this number.
+
+    Without a number the choice is made as it would be, on the device there is.
+    """
     launches: list[Launch] = []
 
     def metal_kernel(**definition: Any) -> Any:
@@ -99,9 +102,11 @@ def recording(monkeypatch: pytest.MonkeyPatch, form: int = 0) -> Iterator[list[L
         return run
 
     kernels = [m._metal_kernel for m in MODULES if hasattr(m, "_metal_kernel")]
-    with monkeypatch.context() as patch, ops.assume("metal"):
+    assumed = nullcontext() if form is None else ops.assume("metal")
+    with monkeypatch.context() as patch, assumed:
         patch.setattr(mx.fast, "metal_kernel", metal_kernel)
-        patch.setattr(choice, "fastest", lambda op, case, forms, prepare: (forms * 2)[form])
+        if form is not None:
+            patch.setattr(choice, "fastest", lambda op, case, forms, prepare: (forms * 2)[form])
         for kernel in kernels:
             kernel.cache_clear()
         yield launches

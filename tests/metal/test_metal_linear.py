@@ -1,6 +1,7 @@
 """The product with GELU against the plain form in float32: on a GPU, or emulated."""
 
 import itertools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fastvlm_mlx.ops.linear import plain_linear_gelu
 from fastvlm_mlx.ops.selfcheck import relative_error
 from tests.metal.conftest import Device
 from tests.metal.emulator import Emulator, KernelError
+from tests.metal.modules import gelu_module
 
 # One rounding to the type, relative to the largest output; what the order of float32 sums adds.
 ERROR = {mx.float32: 2e-6, mx.float16: 2**-11 + 2e-6, mx.bfloat16: 2**-8 + 2e-6}
@@ -141,3 +143,32 @@ def test_fastest_form_is_used(
         assert relative_error(linear.linear_gelu(*inputs), expected) <= ERROR[mx.float32]
     assert [form in winner for winner in choice.winners().values()] == [True]
     assert linear.linear_gelu_form(*inputs) == ("added" if form == "added" else "kernel")
+
+
+def test_timing_and_checks_do_not_wait_for_each_other(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The library's form, timed under one lock, has its GELU checked under another."""
+    for module in (linear, gelu_module):
+        monkeypatch.setattr(module, "backend", lambda: "metal")
+    monkeypatch.setattr(device, "device_info", lambda: {"architecture": "applegpu_g14g"})
+    monkeypatch.setattr(selfcheck, "_verdicts", {})
+    monkeypatch.setattr(choice, "_can_time", lambda: True)
+    monkeypatch.setattr(choice, "_winners", {})
+    monkeypatch.setattr(choice, "_remembered", dict)
+    monkeypatch.setattr(choice, "cache_file", lambda: tmp_path / "winners.json")
+    for name, value in (("WORTH", 0), ("ROUNDS", 1), ("CALLS", 1)):
+        monkeypatch.setattr(choice, name, value)
+    inputs = arrays(64, 36, 48, mx.float32)
+    mx.eval(inputs)
+    done = []
+
+    def ask() -> None:
+        mx.eval(linear.linear_gelu(*inputs))
+        done.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert done and len(choice.winners()) == 1
+    assert {v.op for v in selfcheck.verdicts() if v.passed} == {"linear_gelu", "gelu"}
