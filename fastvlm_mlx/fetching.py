@@ -231,7 +231,7 @@ def _connect(parts: SplitResult, url: str, allow_private: bool) -> http.client.H
     plain = _first_connection(addresses, port)
     connection: http.client.HTTPConnection
     if secure:
-        context = ssl.create_default_context()
+        context = _trust()
         connection = http.client.HTTPSConnection(host, port, context=context)
         try:
             connection.sock = context.wrap_socket(plain, server_hostname=host)
@@ -243,6 +243,18 @@ def _connect(parts: SplitResult, url: str, allow_private: bool) -> http.client.H
         connection.sock = plain
     connection.auto_open = 0  # never connect again, by name
     return connection
+
+
+def _trust() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if sys.platform == "darwin" and not context.cert_store_stats()["x509_ca"]:
+        # python.org's Python has no certificates until a script of its installer is run. The
+        # system's are reached by what huggingface-hub brings from its version 2 on.
+        with contextlib.suppress(ImportError):
+            import truststore
+
+            return truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    return context
 
 
 def _first_connection(addresses: list[str], port: int) -> socket.socket:

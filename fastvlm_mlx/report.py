@@ -7,7 +7,6 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import mlx.core as mx
 
@@ -120,13 +119,13 @@ def _gflops() -> float:
 
 
 def _hub() -> str:
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return f"offline (HF_HUB_OFFLINE is set); cache in {constants.HF_HUB_CACHE}"
     try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=3).close()
-    except OSError as error:
+        get_session().head(constants.ENDPOINT, timeout=3)
+    except Exception as error:  # the client's own HTTP library differs between its releases
         return (
             f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}); cached models and "
             "--model nano still work"

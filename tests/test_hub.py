@@ -162,3 +162,16 @@ def test_pickles_are_fetched_where_there_is_nothing_else(
 def test_which_weights_are_wanted(names: list[str], weights: list[str]) -> None:
     others = ["config.json", "merges.txt", "README.md", "modeling_llava.py", "a.png"]
     assert _wanted([*names, *others]) == [*weights, "config.json", "merges.txt", "README.md"]
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [({}, "reachable; cache in"), ({"HF_HUB_OFFLINE": "1"}, "offline (HF_HUB_OFFLINE is set)")],
+)
+def test_doctor_knows_the_hub(hub: Hub, tmp_path: Path, env: dict[str, str], said: str) -> None:
+    result = run("doctor", "--json", env=hub.environment(tmp_path) | env)
+    assert said in json.loads(result.stdout)["Hub"]
+    gone = run(
+        "doctor", "--json", env=hub.environment(tmp_path) | {"HF_ENDPOINT": "http://[::1]:1"}
+    )
+    assert "cannot be reached (ConnectError)" in json.loads(gone.stdout)["Hub"]

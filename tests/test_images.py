@@ -779,6 +779,15 @@ def local_connection(port: int, timeout: float) -> socket.socket:
     return sock
 
 
+def test_a_python_without_certificates_asks_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    truststore = pytest.importorskip("truststore")
+    empty = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    monkeypatch.setattr(ssl, "create_default_context", lambda: empty)
+    assert fetching._trust() is empty
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert isinstance(fetching._trust(), truststore.SSLContext)
+
+
 def test_a_certificate_problem_is_one_line(server: str) -> None:
     url = server.replace("http:", "https:") + "/ok.png"  # a plain server cannot shake hands
     assert "cannot be fetched" in refusal(url, allow_private_urls=True)
