@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from fastvlm_mlx.errors import OptionError
+from fastvlm_mlx.memory import available_memory
 from fastvlm_mlx.opening import DTYPES
 
 from .chips import peaks_of
@@ -14,7 +15,6 @@ from .claims import CLAIMS, Claim, pieces_of
 from .claims_measure import Tick, claims_subject, measure_pieces
 from .claims_plan import Budget, plan_piece
 from .claims_table import measurement_of
-from .machine import available_memory
 from .options import typed_command
 from .record import Measurement, Record, Skipped, read_record
 from .session import new_record

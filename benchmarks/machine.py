@@ -14,11 +14,11 @@ import mlx.core as mx
 
 import fastvlm_mlx
 from fastvlm_mlx.blas import openblas_loaded
+from fastvlm_mlx.memory import physical_memory
 
 from .record import Conditions, Machine, Software
 
 __all__ = [
-    "available_memory",
     "conditions_now",
     "describe_software",
     "others_busy",
@@ -41,7 +41,7 @@ def this_machine() -> Machine:
         cores=os.cpu_count(),
         gpu=gpu or display.get("sppci_model"),
         gpu_cores=_number(display.get("sppci_cores")),
-        memory=int(memory) if memory else _physical_memory(),
+        memory=int(memory) if memory else physical_memory(),
         system=_system(),
         device=device(),
     )
@@ -77,19 +77,6 @@ def device() -> str:
     if mx.default_device() == mx.cpu:
         return "CPU"
     return "Metal" if mx.metal.is_available() else "CUDA"
-
-
-def available_memory() -> int | None:
-    """Bytes that a model may take now without swapping: the GPU's, or the system's."""
-    if device() == "Metal":
-        limit = int(mx.device_info()["max_recommended_working_set_size"])
-        return limit - mx.get_active_memory()
-    if device() == "CUDA":
-        info: dict[str, Any] = dict(mx.device_info())
-        free = info.get("free_memory", info.get("total_memory", info.get("memory_size")))
-        return int(free) if free else None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
-    return int(found.group(1)) * 1024 if found else _physical_memory()
 
 
 def others_busy() -> float | None:
@@ -162,13 +149,6 @@ def _linux_power() -> str | None:
 def _linux_low_power() -> bool | None:
     profile = _text("/sys/firmware/acpi/platform_profile").strip()
     return profile == "low-power" if profile else None
-
-
-def _physical_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
 
 
 def _blas() -> str | None:

@@ -11,13 +11,14 @@ import mlx.core as mx
 
 from fastvlm_mlx.config import SIDE_MULTIPLE
 from fastvlm_mlx.errors import FastVLMError, OptionError
+from fastvlm_mlx.memory import available_memory
 from fastvlm_mlx.model import parameter_counts
 from fastvlm_mlx.testing import random_checkpoint
 from fastvlm_mlx.vision import FastViTHD
 from fastvlm_mlx.vlm import DEFAULT_PROMPT, FastVLM
 
 from .counting import count_encoder, total
-from .machine import available_memory, others_busy
+from .machine import others_busy
 from .measuring import (
     Effort,
     Tick,

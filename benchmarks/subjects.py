@@ -19,13 +19,13 @@ from fastvlm_mlx.checkpoint.quantized import quantize_linears
 from fastvlm_mlx.checkpoint.source import checkpoint_folder
 from fastvlm_mlx.config import Config
 from fastvlm_mlx.errors import BenchmarkError, OptionError
+from fastvlm_mlx.memory import available_memory
 from fastvlm_mlx.model import Network, flat_parameters, parameter_counts
 from fastvlm_mlx.opening import DTYPES, load
 from fastvlm_mlx.testing_files import model_config, vocabulary_of
 from fastvlm_mlx.tokenizer import Tokenizer
 from fastvlm_mlx.vlm import FastVLM
 
-from .machine import available_memory
 from .record import Operation, Subject
 
 __all__ = [

@@ -6,7 +6,6 @@ would have chosen another token is where its own greedy answer would have left t
 One model is in memory at a time.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import mlx.core as mx
 import fastvlm_mlx as fv
 from fastvlm_mlx.config import Config
 from fastvlm_mlx.images import fit_image, to_pixels
+from fastvlm_mlx.memory import available_memory
 from fastvlm_mlx.model import parameter_counts
 from fastvlm_mlx.vision import FastViTHD
 
@@ -117,25 +117,13 @@ def memory_shortage(config: Config, dtype: mx.Dtype | None = None) -> str | None
     on_gpu = mx.default_device() == mx.gpu
     width = (dtype or (mx.bfloat16 if on_gpu else mx.float32)).size
     needed = sum(parameter_counts(config).values()) * width * 1.25 + 1e9
-    available = _available_memory()
+    available = available_memory()
     if available is None or needed <= available:
         return None
     return (
         f"running the model takes about {needed / 1e9:.0f} GB of memory, "
         f"{available / 1e9:.0f} GB are free"
     )
-
-
-def _available_memory() -> float | None:
-    meminfo = Path("/proc/meminfo")
-    try:
-        for line in meminfo.read_text().splitlines() if meminfo.is_file() else ():
-            if line.startswith("MemAvailable:"):
-                return float(line.split()[1]) * 1024
-        # macOS tells the whole only; some of it is taken.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.75
-    except (OSError, ValueError):
-        return None
 
 
 def observe(

@@ -168,10 +168,7 @@ class _Row:
         else:
             self.tokens.append(token)
             self._said += self._text.push(token)
-            if self._text.stopped:
-                self.finish_reason = "stop"
-                return
-            if self.constraint and self.constraint.push(token):
+            if self._text.stopped or (self.constraint and self.constraint.push(token)):
                 self.finish_reason = "stop"
             elif len(self.tokens) == self._limit:
                 self.finish_reason = "length"

@@ -313,7 +313,7 @@ def generate(
             mx.async_eval(upcoming)
         piece = text.push(token)
         if text.stopped or complete or last:
-            piece += "" if text.stopped else text.finish()
+            piece += text.finish()
             yield Chunk(piece, token, "stop" if text.stopped or complete else "length", timings)
             return
         yield Chunk(piece, token, None, timings)
@@ -373,6 +373,9 @@ class TextStream:
         return self._release(self._decoder.push(token))
 
     def finish(self) -> str:
+        """What was held back; nothing behind a stop string."""
+        if self.stopped:
+            return ""
         certain = self._release(self._decoder.flush())
         held, self._held = self._held, ""
         return certain + held

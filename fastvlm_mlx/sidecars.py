@@ -61,9 +61,8 @@ class Sidecars:
             partial.replace(path)
             self._written[_identity(path)] = picture
         except OSError as error:
-            with contextlib.suppress(
-                OSError
-            ):  # nothing can be removed where nothing can be written
+            # Nothing can be removed either where nothing can be written.
+            with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise OutputError(
                 f"{path} cannot be written ({error.strerror or error}); the caption is not lost "

@@ -165,7 +165,7 @@ def test_a_model_that_does_not_fit_runs_layer_by_layer(
     assert memory_shortage(vlm.config) is None
     from fastvlm_mlx.convert import verification
 
-    monkeypatch.setattr(verification, "_available_memory", lambda: 5e8)
+    monkeypatch.setattr(verification, "available_memory", lambda: 5e8)
     said: list[str] = []
     done = convert_checkpoint(str(tiny), tmp_path / "out", Options(bits=4), say=said.append)
     found = done.report["verification"]

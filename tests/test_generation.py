@@ -85,6 +85,8 @@ def test_repetition_penalty_acts_on_the_answer() -> None:
     logits = mx.array([[-1.0, 3.0, 2.0]])
     assert choose(mx.array(logits), [], None).item() == 1
     assert choose(mx.array(logits), [1], None).item() == 2
+    # However long ago the token was said.
+    assert choose(mx.array(logits), [1, *[0] * 40], None).item() == 2
 
 
 class _Bytes:
@@ -128,6 +130,9 @@ def test_stop_strings_cut_exactly_and_nothing_is_said_too_early(text: str, stop:
     )
     _, expected = next(ends, (0, len(text)))
     assert said == text[:expected]
+    if stream.stopped:
+        stream.push("🙂".encode()[0])
+        assert stream.finish() == "", "half a character behind the stop string"
 
 
 def test_stream_and_answer_agree(vlm: fv.FastVLM, picture: np.ndarray) -> None:
@@ -187,6 +192,7 @@ def test_timings_add_up_to_ttft_and_cover_the_work(vlm: fv.FastVLM, picture: np.
     parts = (t.load_image, t.preprocess, t.encode, t.prefill, t.first_token)
     assert answer.ttft == pytest.approx(sum(parts))
     assert all(p > 0 for p in (*parts, t.decode))
+    assert vlm.ask(picture, "What?", max_tokens=1).timings.decode == 0
 
 
 def test_the_prefill_clock_is_closed_by_evaluation(

@@ -47,14 +47,10 @@ def open_checkpoint(folder: Path) -> OpenCheckpoint:
     metadata: dict[str, str] = {}
     files = weight_files(folder)
     for file in files:
-        found, extra = (
-            _read_safetensors(file)
-            if file.suffix == ".safetensors"
-            else (
-                read_torch_file(file),
-                {},
-            )
-        )
+        if file.suffix == ".safetensors":
+            found, extra = _read_safetensors(file)
+        else:
+            found, extra = read_torch_file(file), {}
         repeated = tensors.keys() & found.keys()
         if repeated:
             raise CheckpointError(
