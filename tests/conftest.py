@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: tiny checkpoints, made once per session."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from fastvlm_mlx.blas import load_openblas
 
 load_openblas()
+os.environ["MLX_ENABLE_TF32"] = "0"  # float32 results are compared as such, also on an M5
 
 import fastvlm_mlx as fv  # noqa: E402
 from fastvlm_mlx.testing import random_checkpoint  # noqa: E402

@@ -10,6 +10,7 @@ import pytest
 import fastvlm_mlx as fv
 from fastvlm_mlx import ops
 from fastvlm_mlx.encoder_check import check_encoder
+from fastvlm_mlx.ops import device
 from fastvlm_mlx.ops.device import backend
 from fastvlm_mlx.vision import FastViTHD
 from tests.test_cli import one_line, run
@@ -55,6 +56,31 @@ def test_a_wrong_form_is_found_in_its_stage(
     verdicts = {stage.stage: stage.passed for stage in check.stages}
     assert not check.passed
     assert verdicts["stem"] and not verdicts["stage1"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tf32", "passes"),
+    [("applegpu_g17g", "1", True), ("applegpu_g17g", "0", False), ("applegpu_g16g", "1", False)],
+)
+def test_float32_may_differ_where_products_are_not(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, tf32: str, passes: bool
+) -> None:
+    """With matrix units (M5) MLX rounds the factors of a product to TF32, our kernels do not."""
+    right = ops.linear_gelu
+
+    def in_tf32(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        def rounded(a: mx.array) -> mx.array:
+            bits = (a.view(mx.uint32) + (1 << 12)) >> 13 << 13
+            return bits.view(mx.float32)
+
+        if backend() != "reference":
+            return right(x, weight, bias)
+        return right(rounded(x), rounded(weight), bias)
+
+    monkeypatch.setattr(ops, "linear_gelu", in_tf32)
+    monkeypatch.setattr(device, "device_info", lambda: {"architecture": architecture})
+    monkeypatch.setenv("MLX_ENABLE_TF32", tf32)
+    assert check_encoder(tower("float32"), 128).passed is passes
 
 
 @pytest.mark.parametrize("side", [0, -64, 100])

@@ -36,6 +36,11 @@ def has_matrix_units() -> bool:
     return generation.isdigit() and int(generation) >= 17
 
 
+def float32_is_exact() -> bool:
+    """Whether MLX multiplies float32 matrices in float32: with matrix units it does in TF32."""
+    return not has_matrix_units() or os.environ.get("MLX_ENABLE_TF32") == "0"
+
+
 def device_info() -> dict[str, Any]:
     """What MLX says of the default device."""
     return dict(mx.device_info())

@@ -11,6 +11,7 @@ from pathlib import Path
 # Before timm is imported: its attention is then written out, as Apple's is.
 os.environ["TIMM_FUSED_ATTN"] = "0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["MLX_ENABLE_TF32"] = "0"
 
 from fastvlm_mlx.blas import load_openblas
 
