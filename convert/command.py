@@ -65,9 +65,9 @@ def convert(
     ] = False,
 ) -> None:
     """Fold a checkpoint's encoder, quantize it, check the result, write safetensors."""
-    from fastvlm_mlx.blas import load_openblas
+    from fastvlm_mlx.cli.options import prepare_mlx
 
-    load_openblas()
+    prepare_mlx()
     from .conversion import Options, convert_checkpoint, describe_result
     from .plan import describe
     from .upload import check_repository

@@ -1,20 +1,24 @@
 """From the name of a model to an object that answers questions."""
 
 import os
+import warnings
 from collections.abc import Callable
 
 import mlx.core as mx
 
-from .checkpoint.loading import load_checkpoint
-from .checkpoint.quantized import quantize_linears
+from .checkpoint.loading import Examined, load_checkpoint, weight_bytes
 from .checkpoint.source import DEFAULT_MODEL, checkpoint_folder
-from .errors import OptionError
+from .errors import CheckpointError, OptionError
 from .features import MEMORY_BYTES, FeatureCache
 from .images import Fit
 from .tiling import Grid, ImageSize, check_grid, check_image_size
 from .vlm import FastVLM
 
 __all__ = ["DTYPES", "default_model", "load"]
+
+# Freed buffers that MLX may keep: the encoder needs those of a batch again (1.3 GB at 1024 x 1024),
+# but by default a long run over pictures of many sizes would fill a Mac's memory with them.
+_CACHE_BYTES = 4 << 30
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -58,10 +62,12 @@ def load(
             `FeatureCache`, or None for nowhere (to measure the encoder, for example).
         revision: branch, tag or commit on the Hub.
         allow_private_urls: let picture URLs point into private networks.
-        announce: gets one line (size, licence) before a download.
+        announce: gets one line (size, licence) before a download, and one if the weights are more
+            than a Mac's GPU should hold; without it that is a warning.
         progress: is told (tensors loaded, tensors in all).
 
-    Raises OptionError, CheckpointError or HubError.
+    On Metal macOS is asked to keep the weights resident, and MLX to keep less freed memory than it
+    would. Raises OptionError, CheckpointError or HubError.
     """
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
@@ -74,22 +80,27 @@ def load(
         raise OptionError(f"fit is {fit!r}; expected 'pad' or 'crop'.")
     cache = FeatureCache.of(feature_cache)
     on_gpu = mx.default_device() == mx.gpu
-    if mx.metal.is_available():
-        # Once, so that macOS keeps the weights resident; 15 and later, a no-op before.
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    source = default_model() if model is None else model
-    with checkpoint_folder(source, revision, announce) as folder:
+    on_metal = on_gpu and mx.metal.is_available()
+    if on_metal:
+        _prepare_metal()
+    weights = DTYPES[dtype] if dtype else (mx.bfloat16 if on_gpu else mx.float32)
+    vision = DTYPES[dtype] if dtype else (mx.float16 if on_gpu else mx.float32)
+
+    def examined(source: Examined) -> None:
+        if on_metal:
+            _check_room(weight_bytes(source, weights, vision, quantize), quantize, announce)
+
+    name = default_model() if model is None else model
+    with checkpoint_folder(name, revision, announce) as folder:
         loaded = load_checkpoint(
             folder,
-            dtype=DTYPES[dtype] if dtype else (mx.bfloat16 if on_gpu else mx.float32),
-            vision_dtype=DTYPES[dtype] if dtype else (mx.float16 if on_gpu else mx.float32),
+            dtype=weights,
+            vision_dtype=vision,
             keep_quantized=on_gpu,
+            quantize=quantize,
             progress=progress,
+            examined=examined,
         )
-    if quantize is not None:
-        for part in (loaded.network.language_model, loaded.network.projector):
-            quantize_linears(part, quantize, keep_packed=on_gpu)
-        mx.eval(loaded.network.parameters())
     return FastVLM(
         loaded,
         image_size=image_size,
@@ -98,3 +109,39 @@ def load(
         feature_cache=cache,
         allow_private_urls=allow_private_urls,
     )
+
+
+def _prepare_metal() -> None:
+    room = _gpu_room()
+    # So that macOS keeps the weights resident; 15 and later, a no-op before.
+    mx.set_wired_limit(room)
+    wanted = min(room // 4, _CACHE_BYTES)
+    before = mx.set_cache_limit(wanted)
+    if before < wanted:  # somebody has asked for less
+        mx.set_cache_limit(before)
+
+
+def _gpu_room() -> int:
+    return int(mx.device_info()["max_recommended_working_set_size"])
+
+
+def _check_room(needed: int, quantize: int | None, announce: Callable[[str], None] | None) -> None:
+    """Tell of weights that exceed what the GPU may use; refuse those that exceed all memory."""
+    room = _gpu_room()
+    if needed <= room:
+        return
+    whole = int(mx.device_info().get("memory_size", room))
+    advice = "choose a smaller model"
+    if quantize is None:
+        advice = "quantize it while loading (--quantize 4, quantize=4)"
+    said = (
+        f"The weights take {needed / 1e9:.1f} GB; of this machine's {whole / 1e9:.1f} GB macOS "
+        f"gives the GPU {room / 1e9:.1f} GB"
+    )
+    if needed > whole:
+        raise CheckpointError(f"{said}: {advice}.")
+    line = f"{said}, so answers will be slow: {advice}."
+    if announce:
+        announce(line)
+    else:
+        warnings.warn(line, RuntimeWarning, stacklevel=3)

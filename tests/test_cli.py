@@ -228,6 +228,28 @@ def test_doctor_says_what_is_slow() -> None:
     assert "Hub" in facts
 
 
+@pytest.mark.parametrize("words", ["caption PHOTO -m nano", "doctor", "bench count --side 64",
+                                   "convert nano OUT"])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken",
+    [
+        # What MLX says in a virtual machine without a GPU.
+        "import mlx.core as mx\ndef no(): raise RuntimeError('[metal::Device] No device.\\nMore')\n"
+        "mx.device_info = no",
+        "import sys; sys.modules['mlx.core'] = None",
+    ],
+)
+def test_mlx_that_does_not_start_is_one_line(
+    photo: Path, tmp_path: Path, broken: str, words: str
+) -> None:
+    places = {"PHOTO": str(photo), "OUT": str(tmp_path / "out")}
+    arguments = [places.get(word, word) for word in words.split()]
+    command = [sys.executable, "-c", f"{broken}\nfrom fastvlm_mlx.cli import main; main()"]
+    result = subprocess.run([*command, *arguments], capture_output=True, check=False)
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert "MLX does not start here (" in one_line(result) and "Metal" in one_line(result)
+
+
 def test_ctrl_c_ends_with_what_was_said(tiny: Path, photo: Path) -> None:
     command = [
         sys.executable, "-u", "-c",

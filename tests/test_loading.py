@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.checkpoint.loading import examine_checkpoint, load_checkpoint
+from fastvlm_mlx.checkpoint import loading
+from fastvlm_mlx.checkpoint.loading import examine_checkpoint, load_checkpoint, weight_bytes
+from fastvlm_mlx.checkpoint.quantized import quantize_linears
+from fastvlm_mlx.model import flat_parameters
 from fastvlm_mlx.testing import random_checkpoint
 
 
@@ -59,6 +62,51 @@ def test_quantized_files_equal_their_dequantization(tmp_path: Path) -> None:
     packed = load_checkpoint(folder, dtype=mx.float32, keep_quantized=True).network
     layer = packed.language_model.model.layers[0].mlp.up_proj
     assert (layer.bits, layer.weight.dtype) == (4, mx.uint32)
+
+
+@pytest.mark.parametrize("keep_packed", [True, False])
+def test_quantizing_while_loading_equals_quantizing_afterwards(
+    tiny: Path, keep_packed: bool
+) -> None:
+    found = load_checkpoint(tiny, dtype=mx.bfloat16, quantize=4, keep_quantized=keep_packed).network
+    expected = load_checkpoint(tiny, dtype=mx.bfloat16).network
+    for part in (expected.language_model, expected.projector):
+        quantize_linears(part, 4, keep_packed=keep_packed)
+    ours, theirs = dict(flat_parameters(found)), dict(flat_parameters(expected))
+    assert ours.keys() == theirs.keys()
+    assert any(name.endswith(".scales") for name in ours) == keep_packed
+    for name, array in ours.items():
+        assert array.dtype == theirs[name].dtype and mx.array_equal(array, theirs[name]), name
+
+
+def test_quantizing_while_loading_never_holds_all_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a model fits whose quantized weights do: a 7B into 16 GB."""
+    monkeypatch.setattr(loading, "_BATCH_BYTES", 1 << 14)
+    nano = Path(fv.__file__).parent / "nano"
+
+    def peak(quantize: int | None) -> tuple[int, int]:
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        network = load_checkpoint(nano, dtype=mx.float32, quantize=quantize).network
+        held = sum(array.nbytes for _, array in flat_parameters(network))
+        return mx.get_peak_memory() - before, held
+
+    floats, quantized = peak(None), peak(4)
+    assert quantized[1] < 0.75 * floats[1]
+    assert quantized[0] < floats[1], "less at its worst than the floats alone"
+
+
+def test_weights_are_counted_before_they_are_read(tiny: Path, tmp_path: Path) -> None:
+    packed = random_checkpoint(tmp_path / "q", size="tiny", dialect="mlx-vlm", quantize=4)
+    for folder, quantize in ((tiny, None), (tiny, 4), (packed, None)):
+        told: list[int] = []
+        how: dict[str, Any] = {"dtype": mx.bfloat16, "vision_dtype": mx.float16}
+        network = load_checkpoint(
+            folder, **how, quantize=quantize,
+            examined=lambda s: told.append(weight_bytes(s, *how.values(), quantize)),  # noqa: B023
+        ).network  # fmt: skip
+        held = sum(array.nbytes for _, array in flat_parameters(network))
+        assert told[0] == pytest.approx(held, rel=0.03)
 
 
 def test_what_macos_writes_beside_files_is_no_weights(

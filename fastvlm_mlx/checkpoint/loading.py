@@ -1,6 +1,7 @@
 """Checkpoint directory -> `Network`: check everything, then read, fold and cast block by block."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .dialects import Dialect, canonical_names, detect
 from .fold import fold_vision
 from .half import choose_residual_scales
 from .layout import expected_tensors
-from .quantized import Quantization, dequantized, quantization_of
+from .quantized import Quantization, Quantizer, dequantized, quantization_of
 from .reading import OpenCheckpoint, open_checkpoint
 from .reparam import fuse, is_training_form
 from .tensors import TensorRef
@@ -30,6 +31,7 @@ __all__ = [
     "load_checkpoint",
     "network_values",
     "unpacked",
+    "weight_bytes",
 ]
 
 Refs = dict[str, TensorRef]
@@ -90,17 +92,23 @@ def load_checkpoint(
     dtype: mx.Dtype,
     vision_dtype: mx.Dtype | None = None,
     keep_quantized: bool = True,
+    quantize: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    examined: Callable[[Examined], None] | None = None,
 ) -> LoadedCheckpoint:
     """Load a checkpoint directory of any dialect.
 
     Weights become `dtype`, the encoder's `vision_dtype` if that is given; an encoder in float16
     gets residual streams that cannot overflow (`half.py`). Quantized ones stay quantized where
-    `keep_quantized` (a tower that has to be folded never does). `progress` is told (tensors done,
-    tensors in all).
+    `keep_quantized` (a tower that has to be folded never does). With `quantize` the language model
+    and projector are quantized to that many bits as they are read, so that they are never all in
+    memory as floats; without `keep_quantized` the quantized values are kept as floats. `progress`
+    is told (tensors done, tensors in all), `examined` what was found before anything is read.
     Raises as `examine_checkpoint`, and CheckpointError for weights that are NaN or infinite.
     """
     source = examine_checkpoint(folder)
+    if examined:
+        examined(source)
     folded = source.dialect is Dialect.FOLDED
     packed = {
         name: how
@@ -114,9 +122,31 @@ def load_checkpoint(
         config = in_float16_range(config, refs)
     network = Network(config)
     _quantize_modules(network, packed)
-    _fill(network, network_values(refs, config, source.dialect), dtype, vision_dtype, progress)
+    values = network_values(refs, config, source.dialect)
+    finish = Quantizer(network, quantize, keep_quantized) if quantize is not None else None
+    _fill(network, values, dtype, vision_dtype, finish, progress)
     network.eval()
     return LoadedCheckpoint(network, config, source)
+
+
+def weight_bytes(
+    source: Examined, dtype: mx.Dtype, vision_dtype: mx.Dtype, quantize: int | None = None
+) -> int:
+    """Memory that the weights take once loaded, what is quantized kept so; a few percent off."""
+    total = 0.0
+    for name, ref in source.refs.items():
+        count = math.prod(ref.shape)
+        if name.startswith("vision."):
+            total += count * vision_dtype.size
+        elif ref.dtype in ("U32", "U8"):
+            total += count * (4 if ref.dtype == "U32" else 1)
+        elif quantize is not None and len(ref.shape) == 2:
+            total += (
+                count * (quantize + 0.5) / 8
+            )  # 64 weights have a scale and a bias, 16 bits each
+        else:
+            total += count * dtype.size
+    return round(total)
 
 
 def unpacked(source: Examined, keep: Collection[str] = ()) -> Refs:
@@ -270,41 +300,51 @@ def _fill(
     arrays: Iterator[tuple[str, mx.array]],
     dtype: mx.Dtype,
     vision_dtype: mx.Dtype,
+    finish: Quantizer | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Cast, evaluate and hand over in batches, so that sources are freed as we go."""
+    """Cast, finish, evaluate and hand over in batches, so that sources are freed as we go."""
     total = len(flat_parameters(network))
     # On the CPU reading and casting overlap on two streams; both touch fresh memory, which is slow.
     on_cpu = mx.default_device() == mx.cpu
     stream = mx.new_stream(mx.cpu) if on_cpu else mx.default_stream(mx.default_device())
     loaded: list[tuple[str, mx.array]] = []
     batch: list[tuple[str, mx.array]] = []
+    sums: list[tuple[str, mx.array]] = []
     size = 0
     for name, array in arrays:
         # Integers are packed quantized weights; they have no other type.
         if mx.issubdtype(array.dtype, mx.floating):
             target = vision_dtype if name.startswith("vision.") else dtype
             array = array.astype(target, stream=stream)
-        batch.append((name, array))
+            sums.append((name, _sum(array)))
+        batch += finish(name, array) if finish else [(name, array)]
         size += array.nbytes
+        del array
         if size >= _BATCH_BYTES:
-            _evaluate(batch)
+            _evaluate(batch, sums)
             loaded += batch
-            batch, size = [], 0
+            batch, sums, size = [], [], 0
             if progress:
                 progress(len(loaded), total)
-    _evaluate(batch)
+    _evaluate(batch, sums)
     network.load_weights(loaded + batch, strict=True)
     if progress:
         progress(total, total)
 
 
-def _evaluate(batch: list[tuple[str, mx.array]]) -> None:
-    floats = [(n, a) for n, a in batch if mx.issubdtype(a.dtype, mx.floating)]
-    # NaN and infinity survive a sum; in float32 finite weights cannot overflow it.
-    sums = [a.astype(mx.float32).sum() for _, a in floats]
-    mx.eval([a for _, a in batch], sums)
-    for (name, _), total in zip(floats, sums, strict=True):
+def _sum(array: mx.array) -> mx.array:
+    """NaN and infinity survive a sum; in float32 finite weights cannot overflow it."""
+    # In pieces: a table of 150,000 tokens has a float32 copy larger than all that is beside it.
+    rows = max(1, _BATCH_BYTES // (4 * max(1, math.prod(array.shape[1:]))))
+    starts = range(0, array.shape[0], rows) if array.ndim else ()
+    parts = [array[at : at + rows].astype(mx.float32).sum() for at in starts]
+    return mx.stack(parts).sum() if parts else array.astype(mx.float32)
+
+
+def _evaluate(batch: list[tuple[str, mx.array]], sums: list[tuple[str, mx.array]]) -> None:
+    mx.eval([a for _, a in batch], [s for _, s in sums])
+    for name, total in sums:
         if not abs(total.item()) < float("inf"):
             raise CheckpointError(
                 f"{name} holds NaN or infinite values; the checkpoint is damaged, or its values do "

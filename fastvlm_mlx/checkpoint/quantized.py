@@ -14,8 +14,9 @@ import mlx.nn as nn
 from ..errors import CheckpointError
 from .tensors import TensorRef
 
-__all__ = ["Quantization", "dequantized", "quantization_of", "quantize_linears"]
+__all__ = ["Quantization", "Quantizer", "dequantized", "quantization_of", "quantize_linears"]
 
+_PARTS = ("weight", "scales", "biases")
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 _WITHOUT_BIASES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
@@ -91,7 +92,7 @@ def dequantized(
     """Replace the parts of each module in `quantized` by its floating-point weight, lazily."""
     result = dict(refs)
     for name, how in quantized.items():
-        parts = [result.pop(f"{name}.{p}", None) for p in ("weight", "scales", "biases")]
+        parts = [result.pop(f"{name}.{p}", None) for p in _PARTS]
         result[f"{name}.weight"] = _float_weight(parts, how)
     return result
 
@@ -118,23 +119,59 @@ def _float_weight(parts: list[TensorRef | None], how: Quantization) -> TensorRef
 
 def quantize_linears(part: nn.Module, bits: int, *, keep_packed: bool) -> None:
     """Quantize every linear layer and embedding whose width a group divides."""
-
-    def group(module: nn.Module) -> int | None:
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
-            return None
-        width = module.weight.shape[-1]
-        return next((g for g in (64, 32) if width % g == 0), None)
-
     if keep_packed:
         nn.quantize(
             part,
             class_predicate=lambda _, m: (
-                {"group_size": g, "bits": bits} if (g := group(m)) else False
+                {"group_size": g, "bits": bits} if (g := _group(m)) else False
             ),
         )
         return
     for module in part.modules():
-        size = group(module)
+        size = _group(module)
         if size is not None:
             packed = mx.quantize(module.weight, group_size=size, bits=bits)
             module.weight = mx.dequantize(*packed, group_size=size, bits=bits)
+
+
+class Quantizer:
+    """What `quantize_linears` does to language model and projector, weight by weight while loading.
+
+    Made for a network without values; with `keep_packed` its modules become quantized ones.
+    """
+
+    def __init__(self, network: nn.Module, bits: int, keep_packed: bool) -> None:
+        self._bits, self._keep_packed = bits, keep_packed
+        self._groups = {
+            name: size
+            for name, module in network.named_modules()
+            if not name.startswith("vision.") and (size := _group(module))
+        }
+        if keep_packed:
+            nn.quantize(
+                network,
+                class_predicate=lambda path, _: (
+                    {"group_size": self._groups[path], "bits": bits}
+                    if path in self._groups
+                    else False
+                ),
+            )
+
+    def __call__(self, name: str, array: mx.array) -> list[tuple[str, mx.array]]:
+        """The arrays that take the place of one."""
+        module, _, part = name.rpartition(".")
+        size = self._groups.get(module)
+        if size is None or part != "weight":
+            return [(name, array)]
+        packed = mx.quantize(array, group_size=size, bits=self._bits)
+        if not self._keep_packed:
+            return [(name, mx.dequantize(*packed, group_size=size, bits=self._bits))]
+        return [(f"{module}.{p}", a) for p, a in zip(_PARTS, packed, strict=True)]
+
+
+def _group(module: nn.Module) -> int | None:
+    """Weights per scale of a module that can be quantized."""
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
+        return None
+    width = module.weight.shape[-1]
+    return next((g for g in (64, 32) if width % g == 0), None)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError
+from ..errors import FastVLMError, OptionError
 from .output import loading_progress, say
 
 if TYPE_CHECKING:
@@ -197,7 +197,18 @@ def _read_json(path: str) -> Any:
 
 
 def prepare_mlx() -> None:
-    """Bring a fast BLAS into the process, before MLX."""
+    """Bring a fast BLAS into the process, then MLX. Raises FastVLMError where it cannot start."""
     from ..blas import load_openblas
 
     load_openblas()
+    try:
+        import mlx.core as mx
+
+        mx.device_info()
+    except (ImportError, RuntimeError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FastVLMError(
+            f"MLX does not start here ({said}). It needs an Apple-silicon Mac with macOS 14 or "
+            "newer, an arm64 Python, and Metal, which virtual machines and sandboxes may not have; "
+            "or Linux."
+        ) from error
