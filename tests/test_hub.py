@@ -2,18 +2,20 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import mlx.core as mx
 import numpy as np
 import PIL.Image
 import pytest
 
-from fastvlm_mlx.checkpoint.source import _wanted
+from fastvlm_mlx.checkpoint.hub import _wanted
 from tests.test_cli import one_line, run
 from tests.test_torch_file import Storage, save, tensor
 
@@ -21,12 +23,13 @@ REPOSITORY, COMMIT = "someone/a-fastvlm", "0123456789abcdef0123456789abcdef01234
 
 
 class Hub(ThreadingHTTPServer):
-    """One repository, over the three requests that the client makes; `asked` lists them."""
+    """One repository, over the few requests that the client makes; `asked` lists them."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
         self.files, self.asked = files, list[str]()
         self.broken: set[str] = set()
+        self.sent: dict[str, int] = dict.fromkeys(files, 0)
 
     def environment(self, home: Path) -> dict[str, str]:
         return {
@@ -37,6 +40,10 @@ class Hub(ThreadingHTTPServer):
             "HF_HUB_ETAG_TIMEOUT": "2",
             "no_proxy": "127.0.0.1",
         }
+
+
+def entry(name: str, body: bytes) -> dict[str, object]:
+    return {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -50,10 +57,7 @@ class _Answers(BaseHTTPRequestHandler):
         self.server.asked.append(f"{self.command} {path}")
         name = path.rpartition("/")[2]
         if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
-            tree = [
-                {"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
-                for n, b in self.server.files.items()
-            ]
+            tree = [entry(n, b) for n, b in self.server.files.items()]
             self._send(json.dumps(tree).encode())
         elif path.startswith(f"/api/models/{REPOSITORY}"):
             siblings = [{"rfilename": n, "size": len(b)} for n, b in self.server.files.items()]
@@ -71,14 +75,26 @@ class _Answers(BaseHTTPRequestHandler):
         else:
             self.send_error(404)
 
+    def do_POST(self) -> None:
+        """What is known of the paths that are named."""
+        form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        self.server.asked.append(f"POST {self.path}")
+        named = {n: b for n, b in self.server.files.items() if n in form.get("paths", [])}
+        self._send(json.dumps([entry(n, b) for n, b in named.items()]).encode())
+
     def _send(self, body: bytes) -> None:
-        self.send_response(200)
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if span:
+            body = body[int(span[1]) : int(span[2]) + 1]
+        self.send_response(206 if span else 200)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
+            name = self.path.partition("?")[0].rpartition("/")[2]
+            self.server.sent[name] = self.server.sent.get(name, 0) + len(body)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -148,6 +164,20 @@ def test_pickles_are_fetched_where_there_is_nothing_else(
     direct = run("caption", photo, "-m", tiny, "--max-tokens", "3", "--dtype", "float32")
     assert answer.stdout == direct.stdout
     assert not any(line.endswith("training_args.bin") for line in hub.asked)
+
+
+def test_info_downloads_no_weights(hub: Hub, photo: Path, tiny: Path) -> None:
+    environment = hub.environment(photo.parent / "home")
+    local = run("info", tiny)
+    remote = run("info", REPOSITORY, env=environment)
+    assert remote.returncode == 0, remote.stderr.decode()
+    assert remote.stdout == local.stdout and remote.stderr == b""
+    size = len(hub.files["model.safetensors"])
+    assert 0 < hub.sent["model.safetensors"] < size / 2
+    assert caption(hub, photo).returncode == 0, "what is cached so far is not taken for a model"
+    hub.asked.clear()
+    assert run("info", REPOSITORY, env=environment).stdout == local.stdout
+    assert not hub.asked
 
 
 @pytest.mark.parametrize(

@@ -5,34 +5,34 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path, PurePosixPath
 
-from ..errors import CheckpointError, HubError, OptionError
-from .reading import NOT_WEIGHTS, weight_files
+from ..errors import CheckpointError, OptionError
+from .hub import Announce, fetch_headers, fetch_model
 
 __all__ = ["DEFAULT_MODEL", "checkpoint_folder"]
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 _BUILT_IN = ("nano",)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# What a checkpoint needs beside weights; leaves out pictures, remote code and optimizer states.
-_WANTED = ("*.json", "merges.txt", "LICENSE*", "README.md")
-_PICKLES = (".bin", ".pt", ".pth")
-
-Announce = Callable[[str], None]
 
 
 @contextmanager
 def checkpoint_folder(
-    source: str | os.PathLike[str], revision: str | None = None, announce: Announce | None = None
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    announce: Announce | None = None,
+    *,
+    headers_only: bool = False,
 ) -> Iterator[Path]:
     """A directory with the files of `source`, for as long as the context lasts.
 
-    `announce` gets one line before a download (size and licence). Raises CheckpointError for
-    paths and zips, HubError for the Hub, OptionError for a revision of what is not on the Hub.
+    `announce` gets one line before a download (size and licence). With `headers_only` no weights
+    are downloaded: the directory then serves for `examine_checkpoint` alone. Raises CheckpointError
+    for paths and zips, HubError for the Hub, OptionError for a revision of what is not on the Hub.
     """
     text = os.fspath(source)
     path = Path(text).expanduser()
@@ -54,7 +54,11 @@ def checkpoint_folder(
         with tempfile.TemporaryDirectory(prefix="fastvlm-") as temporary:
             yield _unpack(path, Path(temporary))
     elif _HUB_ID.fullmatch(text) and not text.startswith(("./", "../")):
-        yield _from_hub(text, revision, announce)
+        if not headers_only:
+            yield fetch_model(text, revision, announce)
+            return
+        with tempfile.TemporaryDirectory(prefix="fastvlm-") as temporary:
+            yield fetch_headers(text, revision, Path(temporary))
     else:
         raise CheckpointError(
             f"No checkpoint at {text!r}: expected a directory, a .zip, a Hub id such as "
@@ -103,53 +107,3 @@ def _unpack(archive: Path, target: Path) -> Path:
             f"{archive} is damaged or not readable ({error}); download it again."
         ) from error
     return target
-
-
-def _from_hub(repository: str, revision: str | None, announce: Announce | None) -> Path:
-    # Imported here: it costs 0.2 s that a local checkpoint does not need.
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-
-    try:
-        # Not snapshot_download(local_files_only=True), which since huggingface-hub 2 asks for every
-        # file of the repository, the unwanted ones too.
-        cached = try_to_load_from_cache(repository, "config.json", revision=revision)
-        if isinstance(cached, str) and _complete(Path(cached).parent):
-            return Path(cached).parent
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-        sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
-        wanted = _wanted(sizes)
-        if announce:
-            card = info.card_data.to_dict() if info.card_data else {}
-            licence = card.get("license_name") or card.get("license") or "not stated"
-            announce(
-                f"Downloading {repository} ({sum(map(sizes.__getitem__, wanted)) / 1e9:.2f} GB), "
-                f"licence: {licence} (https://huggingface.co/{repository})"
-            )
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the client's own HTTP library differs between its releases
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HubError(
-            f"Cannot get {repository} from the Hugging Face Hub ({reason}). Check the name and the "
-            "connection, or use the built-in model: --model nano."
-        ) from error
-
-
-def _wanted(names: Iterable[str]) -> list[str]:
-    """The files to fetch: no folders, and pickles only where there are no safetensors."""
-    files = [name for name in names if "/" not in name]
-    weights = [name for name in files if name.endswith(".safetensors")] or [
-        name for name in files if name.endswith(_PICKLES) and not name.startswith(NOT_WEIGHTS)
-    ]
-    return weights + [n for n in files if any(PurePosixPath(n).match(p) for p in _WANTED)]
-
-
-def _complete(folder: Path) -> bool:
-    """Whether a cached snapshot has all that loading needs: downloads can be interrupted."""
-    try:
-        weight_files(folder)
-    except CheckpointError:
-        return False
-    present = {path.name for path in folder.iterdir()}
-    return "config.json" in present and (
-        "tokenizer.json" in present or {"vocab.json", "merges.txt"} <= present
-    )

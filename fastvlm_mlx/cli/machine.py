@@ -16,12 +16,15 @@ def info(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for --model.")],
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint is: dialect, architecture, sizes, memory. Reads no weights."""
+    """Show what a checkpoint is: dialect, architecture, sizes, memory.
+
+    Reads no weights, and downloads none: of a model on the Hub it fetches the headers.
+    """
     prepare_mlx()
     from ..checkpoint.source import checkpoint_folder
     from ..report import describe_checkpoint
 
-    with checkpoint_folder(model, announce=say) as folder:
+    with checkpoint_folder(model, headers_only=True) as folder:
         print_facts(describe_checkpoint(folder), as_json)
 
 
