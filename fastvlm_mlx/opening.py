@@ -11,6 +11,7 @@ from .checkpoint.source import DEFAULT_MODEL, checkpoint_folder
 from .errors import CheckpointError, OptionError
 from .features import MEMORY_BYTES, FeatureCache
 from .images import Fit
+from .memory import available_memory, physical_memory
 from .tiling import Grid, ImageSize, check_grid, check_image_size
 from .vlm import FastVLM
 
@@ -112,7 +113,7 @@ def load(
 
 
 def _prepare_metal() -> None:
-    room = _gpu_room()
+    room = int(mx.device_info()["max_recommended_working_set_size"])
     # So that macOS keeps the weights resident; 15 and later, a no-op before.
     mx.set_wired_limit(room)
     wanted = min(room // 4, _CACHE_BYTES)
@@ -121,22 +122,17 @@ def _prepare_metal() -> None:
         mx.set_cache_limit(before)
 
 
-def _gpu_room() -> int:
-    return int(mx.device_info()["max_recommended_working_set_size"])
-
-
 def _check_room(needed: int, quantize: int | None, announce: Callable[[str], None] | None) -> None:
-    """Tell of weights that exceed what the GPU may use; refuse those that exceed all memory."""
-    room = _gpu_room()
-    if needed <= room:
+    """Tell of weights beyond what the GPU may still use; refuse those beyond all memory."""
+    room, whole = available_memory(), physical_memory()
+    if room is None or whole is None or needed <= room:
         return
-    whole = int(mx.device_info().get("memory_size", room))
     advice = "choose a smaller model"
     if quantize is None:
         advice = "quantize it while loading (--quantize 4, quantize=4)"
     said = (
         f"The weights take {needed / 1e9:.1f} GB; of this machine's {whole / 1e9:.1f} GB macOS "
-        f"gives the GPU {room / 1e9:.1f} GB"
+        f"has {room / 1e9:.1f} GB for the GPU"
     )
     if needed > whole:
         raise CheckpointError(f"{said}: {advice}.")

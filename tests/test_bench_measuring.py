@@ -39,7 +39,7 @@ def quiet(done: int, runs: int) -> None:
 
 @pytest.fixture(scope="module")
 def nano() -> fv.FastVLM:
-    return build(Choice(random="nano"))
+    return build(Choice(random="nano", dtype="float32"))
 
 
 @pytest.fixture
@@ -100,6 +100,7 @@ def test_decode_counts_its_tokens(nano: fv.FastVLM, monkeypatch: pytest.MonkeyPa
         measure_decode(nano, 2045, EFFORT, quiet)
 
 
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the estimate was fitted on a CPU")
 @pytest.mark.parametrize("size", [128, 256])
 def test_memory_is_estimated_from_above_but_not_absurdly(nano: fv.FastVLM, size: int) -> None:
     mx.clear_cache()

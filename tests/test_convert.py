@@ -111,7 +111,7 @@ def test_floats_stay_the_same_model(
     tiny: Path, tmp_path: Path, vlm: fv.FastVLM, picture: np.ndarray
 ) -> None:
     _convert(tiny, tmp_path / "out", dtype="float32")
-    out = fv.load(tmp_path / "out")
+    out = fv.load(tmp_path / "out", dtype="float32")
     assert out.source.metadata["source"] == str(tiny)
     ids = vlm.prompt_ids("What?")
     assert mx.array_equal(out.logits(ids, [picture]), vlm.logits(ids, [picture]))

@@ -116,9 +116,8 @@ def test_a_failed_verification(tiny: Path, tmp_path: Path, monkeypatch: pytest.M
     strict = Thresholds(features=1e-9, kl=1e-9)
     monkeypatch.setattr(Thresholds, "for_bits", lambda *_: strict)
     options: dict[str, Any] = {"bits": 4, "samples": 1}
-    with pytest.raises(
-        fv.CheckpointError, match=r"features is .* more than 1e-09; mean KL"
-    ) as info:
+    # On a CPU the features differ too: there float32 stands beside the result's float16.
+    with pytest.raises(fv.CheckpointError, match=r"mean KL .* more than 1e-09\. Nothing") as info:
         convert_checkpoint(str(tiny), tmp_path / "out", Options(**options))
     assert "--keep-failed" in str(info.value)
     assert not any(tmp_path.iterdir())
@@ -219,7 +218,7 @@ def test_layer_by_layer_is_the_same_model(tiny: Path, tmp_path: Path, bits: int 
     convert_checkpoint(str(tiny), tmp_path / "out", options)
     for folder in (tiny, tmp_path / "out"):
         found = observe_by_layer(folder, 256, chosen)
-        vlm = fv.load(folder)
+        vlm = fv.load(folder, dtype="float32")
         for n, sample in enumerate(chosen):
             whole = vlm.logits(vlm.prompt_ids(sample.question), [sample.picture])[0]
             tail = found.logits[n].shape[0]

@@ -90,7 +90,7 @@ def test_sizes_that_no_picture_has(side: int) -> None:
 
 
 def test_doctor_runs_a_models_encoder(tiny: Path) -> None:
-    result = run("doctor", "-m", tiny, "--image-size", 128, "--json")
+    result = run("doctor", "-m", tiny, "--image-size", 128, "--dtype", "float32", "--json")
     assert result.returncode == 0, result.stderr
     lines = json.loads(result.stdout)["encoder, 128 x 128"]
     assert "ms in float32" in lines[0]
