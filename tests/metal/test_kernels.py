@@ -151,3 +151,42 @@ def test_gelu_of_what_is_not_a_number(kernels: Kernels) -> None:
     y = np.array(gelu_module.kernel(x))
     assert y[0] == np.inf and np.isnan(y[2]) and abs(y[3] / 3e38 - 1) < 1e-6
     assert np.abs(y[[1, 4]]).max() < 2e-6 and np.abs(y[5:]).max() < 1e-29
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_gelu_at_the_ends_of_the_half_types(kernels: Kernels, dtype: mx.Dtype) -> None:
+    largest = mx.finfo(dtype).max
+    x = mx.array([np.inf, -np.inf, np.nan, largest, -largest, 6.0, -6.0, 0.0]).astype(dtype)
+    y = np.array(gelu_module.kernel(x).astype(mx.float32))
+    assert y[0] == np.inf and np.isnan(y[2]) and y[3] == largest and y[5] == 6
+    assert np.abs(y[[1, 4, 6, 7]]).max() < 2e-6
+
+
+def test_attention_at_the_end_of_float16(kernels: Kernels) -> None:
+    """Scores of 1e10: their sums are float's, and the softmax subtracts before it exponentiates."""
+    qkv = (example(3, 1, 37, 96) * 15_000).astype(mx.float16)
+    assert mx.abs(qkv).max().item() > 5e4
+    got = metal_attention.run(qkv, 1)
+    expected = selfcheck.expected(attention_module.plain, qkv, 1)
+    assert relative_error(got, expected) <= ERROR[mx.float16]
+
+
+def test_attention_passes_on_what_is_not_a_number(kernels: Kernels) -> None:
+    """In the rows of its own head only."""
+    qkv = example(4, 2, 40, 192)
+    qkv[0, 7, 64 + 3] = np.nan  # a key of the first picture's first head
+    got = np.isnan(np.array(metal_attention.run(qkv, 2)))
+    assert got[0, :, :32].all() and not got[0, :, 32:].any() and not got[1].any()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
+def test_depthwise_passes_on_what_is_not_a_number(kernels: Kernels, dtype: mx.Dtype) -> None:
+    """To the outputs whose window holds it; float16's infinity comes of a sum beyond its end."""
+    x = mx.ones((1, 9, 11, 8), dtype)
+    x[0, 4, 5, 2] = np.nan
+    w = mx.full((3, 3, 8), 60_000, dtype)
+    y = np.array(metal_depthwise.run(x, w, None, 1, None, False).astype(mx.float32))
+    held = np.zeros(y.shape, bool)
+    held[0, 3:6, 4:7, 2] = True
+    assert (np.isnan(y) == held).all()
+    assert (np.isinf(y[~held]) == (dtype == mx.float16)).all()
