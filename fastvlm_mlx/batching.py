@@ -5,6 +5,7 @@ a row's positions begin at 0 after it, so that each row is what it would be alon
 ended leaves the batch.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,11 +22,18 @@ from .images import PreprocessedImage, to_pixels
 from .model import Network, mlx_lm_module
 from .tokenizer import Tokenizer
 
-__all__ = ["Prompt", "encode_images", "encode_pictures", "generate_batch", "left_padded"]
+__all__ = [
+    "Prompt",
+    "encode_images",
+    "encode_pictures",
+    "fits_one_run",
+    "generate_batch",
+    "left_padded",
+]
 
-# Pictures are encoded together up to this many pixels: four of 1024 x 1024 keep a GPU busy, and
-# more would cost memory that the language model's batch does not.
-_PIXELS_AT_ONCE = 4 * 1024 * 1024
+# Pictures are encoded together up to this many pixels: five of 1024 x 1024, a picture in 2x2 tiles.
+# They keep a GPU busy; more cost memory, and a GPU that runs out of it ends the process.
+_PIXELS_AT_ONCE = 5 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,11 @@ class Prompt:
     """What was spent on this row before."""
     constraint: Constraint | None = None
     """All rows of a batch have one, or none has."""
+
+
+def fits_one_run(crops: Sequence[npt.NDArray[np.uint8]]) -> bool:
+    """Whether a picture's crops are few enough to be encoded together."""
+    return sum(math.prod(crop.shape[:2]) for crop in crops) <= _PIXELS_AT_ONCE
 
 
 def encode_pictures(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 
-from .batching import Prompt, encode_images, generate_batch
+from .batching import Prompt, encode_images, encode_pictures, fits_one_run, generate_batch
 from .chat import Chat
 from .checkpoint.loading import LoadedCheckpoint
 from .config import Config
@@ -342,6 +342,9 @@ class FastVLM:
         return encoded
 
     def _encode(self, image: PreprocessedImage) -> mx.array:
+        """Lazy, but for tiles that take more than one run of the encoder."""
+        if len(image.crops) > 1 and not fits_one_run(image.crops):
+            return encode_pictures(self._encode_pixels, [image.crops])[0]
         tokens = self._encode_pixels(to_pixels(image.crops))
         return tokens.reshape(-1, tokens.shape[-1])
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.batching import fits_one_run
 from fastvlm_mlx.images import Fit, fit_image, to_pixels
 from fastvlm_mlx.testing import random_checkpoint
 from fastvlm_mlx.tiling import automatic_size, check_grid, check_image_size, fit_tiles
@@ -108,6 +109,31 @@ def test_all_crops_are_one_batch(
     answer = vlm.ask([picture, picture], "What?", max_tokens=2)
     assert shapes == [(5, 64, 64, 3)] * 2
     assert answer.prompt_tokens == len(vlm.prompt_ids("What?", 2)) - 2 + 2 * 5
+
+
+def test_many_large_tiles_take_several_runs(
+    tiny: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """17 crops of 1024 x 1024 at once would take gigabytes."""
+    vlm = fv.load(tiny, dtype="float32", image_size=64, feature_cache=None)
+    expected = vlm.encode(picture, tiles=(3, 2)).tokens
+    shapes: list[tuple[int, ...]] = []
+
+    def counted(pixels: mx.array) -> mx.array:
+        shapes.append(pixels.shape)
+        return vlm.network.encode(pixels)
+
+    monkeypatch.setattr(vlm, "_encode_pixels", counted)
+    monkeypatch.setattr("fastvlm_mlx.batching._PIXELS_AT_ONCE", 3 * 64 * 64)
+    tokens = vlm.encode(picture, tiles=(3, 2)).tokens
+    assert [shape[0] for shape in shapes] == [3, 3, 1]
+    assert tokens.shape == expected.shape
+    assert mx.abs(tokens - expected).max().item() < 1e-4
+
+
+def test_the_pixels_of_one_run() -> None:
+    crop = np.zeros((1024, 1024, 3), np.uint8)
+    assert fits_one_run([crop] * 5) and not fits_one_run([crop] * 6)
 
 
 def test_sizes_and_tiles_mix_in_one_prompt_and_in_a_conversation(
