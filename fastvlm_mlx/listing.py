@@ -40,15 +40,16 @@ def find_pictures(
     found: set[str] = set()
     for place in places:
         # os.path answers False where pathlib would raise: a data: URI is too long for a path.
-        if os.path.isdir(place):  # noqa: PTH112
-            if _is_library(place):
-                new = list(_in_folder(_originals(place), True, notice))
+        folder = os.path.expanduser(place)  # noqa: PTH111 - a shell leaves ~ alone in quotes
+        if os.path.isdir(folder):  # noqa: PTH112
+            if _is_library(folder):
+                new = list(_in_folder(_originals(folder), True, notice))
             else:
-                new = list(_in_folder(place, recursive, notice))
+                new = list(_in_folder(folder, recursive, notice))
             deeper = "" if recursive else ", or add --recursive to look in its folders too"
             advice = f"expected files that end in {', '.join(_SUFFIXES[:5])} or the like{deeper}"
         elif glob.has_magic(place) and "://" not in place and not os.path.lexists(place):
-            new = _matching(place, notice)
+            new = _matching(folder, notice)
             advice = "check the pattern; folders it matches are not looked into"
         else:
             names.append(place)

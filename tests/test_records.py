@@ -384,6 +384,13 @@ def test_a_folder_that_macos_keeps_from_programs(
             find_pictures([str(place)], recursive=recursive)
 
 
+def test_a_home_that_the_shell_left_to_us(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tree))
+    assert find_pictures(["~/sub"]) == [str(tree / "sub" / "c.heic")]
+    assert find_pictures(["~/*.png"]) == [str(tree / "a.png")]
+    assert find_pictures(["~/a.png", "~nobody/b.png"]) == ["~/a.png", "~nobody/b.png"]
+
+
 def test_patterns_find_accents_in_either_form(tmp_path: Path) -> None:
     (tmp_path / "Cafe\u0301 1.jpg").touch()  # as an application on macOS may have written it
     (tmp_path / "Z\u00fcrich 1.jpg").touch()
