@@ -180,7 +180,10 @@ def _version(package: str) -> str:
 def _output(*command: str, seconds: float = 5) -> str | None:
     """What a command prints, stripped; None if it is missing, fails or says nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds,
+            check=True,
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,15 @@ def test_power_of_a_mac(mac: dict[str, str], mode: str, low: bool | None) -> Non
     assert machine.conditions_now().power_source == "mains"
     mac["pmset -g batt"] = "Now drawing from 'UPS Power'\n"
     assert machine.conditions_now().power_source is None
+
+
+def test_what_is_no_text_is_no_crash() -> None:
+    """A display may be called anything, and a LaunchAgent may know no encoding."""
+    code = "import sys; sys.stdout.buffer.write(b'a\\xffb')"
+    assert machine._output(sys.executable, "-c", code) == "a\ufffdb"
+    assert machine._output("/no/such/program") is None
+    slow = "import time; time.sleep(20)"
+    assert machine._output(sys.executable, "-c", slow, seconds=0.2) is None
 
 
 def test_git_is_asked_in_a_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
