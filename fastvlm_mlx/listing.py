@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .errors import ImageError
-from .fetching import permission_advice
 
 __all__ = ["find_pictures"]
 
@@ -124,6 +123,8 @@ def _left_out(library: str) -> str:
 
 
 def _cannot_list(error: OSError) -> ImageError:
+    from .fetching import permission_advice  # which imports ssl and http: --help need not wait
+
     return ImageError(
         f"{error.filename} cannot be listed ({error.strerror}); {permission_advice(error)}"
     )
