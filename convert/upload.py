@@ -26,7 +26,10 @@ def upload(folder: Path, repository: str) -> str:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message="Converted by fastvlm-mlx"
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Converted by fastvlm-mlx",
+            ignore_patterns=[".DS_Store", "._*"],  # what macOS leaves beside files
         )
     except Exception as error:  # the client's own HTTP library differs between its releases
         lines = str(error).strip().splitlines()

@@ -189,6 +189,7 @@ def test_pictures_are_a_function_of_the_seed() -> None:
 
 def test_uploading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
     calls: list[tuple[str, dict[str, Any]]] = []
 
@@ -200,7 +201,12 @@ def test_uploading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         def upload_folder(self, **options: Any) -> None:
             calls.append((options["repo_id"], options))
+            names = [file.name for file in Path(options["folder_path"]).iterdir()]
+            sent = filter_repo_objects(names, ignore_patterns=options["ignore_patterns"])
+            assert sorted(sent) == ["README.md", "model.safetensors"]
 
+    for name in ("README.md", "model.safetensors", "._model.safetensors", ".DS_Store"):
+        (tmp_path / name).touch()
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert upload.upload(tmp_path, "me/model") == "https://huggingface.co/me/model"
     assert [c[0] for c in calls] == ["me/model", "me/model"]
