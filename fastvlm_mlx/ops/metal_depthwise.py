@@ -118,13 +118,11 @@ class Spec:
 def tiles(stride: int, columns: int) -> tuple[tuple[int, int], ...]:
     """(TW, TH), outputs per thread: those worth timing, the likeliest first.
 
-    Estimated from register counts. 8x2 holds 64 floats of sums and 56 of a 7-wide row, near the
-    128 registers of a thread; with stride 2 the row doubles, and maps of 32 columns or fewer need
-    the tiles for occupancy. Half of a wide tile would lie beside a map of 4.
+    8x2 loads least per output, but LLVM wants 153 registers for it at 7x7, and 101 for 4x2 (its
+    AMD backend, as a stand-in); an Apple GPU's thread has 128, and what is more spills to memory.
+    With stride 2 even more; half of it would lie beside a map of 4.
     """
-    if stride == 2 or columns <= 4:
-        return ((4, 2),)
-    return ((8, 2), (4, 2)) if columns > 32 else ((4, 2), (8, 2))
+    return ((4, 2),) if stride == 2 or columns <= 4 else ((4, 2), (8, 2))
 
 
 def fits(x: mx.array, weight: mx.array) -> bool:
