@@ -228,7 +228,7 @@ def test_doctor_says_what_is_slow() -> None:
     assert "Hub" in facts
 
 
-@pytest.mark.parametrize("words", ["caption PHOTO -m nano", "doctor", "bench count --side 64",
+@pytest.mark.parametrize("words", ["caption PHOTO -m nano", "doctor", "bench count --size 64",
                                    "convert nano OUT"])  # fmt: skip
 @pytest.mark.parametrize(
     "broken",
