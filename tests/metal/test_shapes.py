@@ -28,7 +28,7 @@ def test_every_launch_is_legal(
     convolutions = sum(isinstance(m, Depthwise) for m in tower.modules())
     attentions = sum(isinstance(m, AttentionBlock) for m in tower.modules())
     for height, width in SIZES:
-        for batch in BATCHES:
+        for batch in BATCHES if dtype == mx.float16 else (1, 17):
             where = (height, width, batch)
             with recording(monkeypatch, form) as launches:
                 build(tower, batch, height, width, dtype)
