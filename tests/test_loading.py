@@ -18,6 +18,7 @@ from fastvlm_mlx.checkpoint.loading import examine_checkpoint, load_checkpoint, 
 from fastvlm_mlx.checkpoint.quantized import quantize_linears
 from fastvlm_mlx.model import flat_parameters
 from fastvlm_mlx.testing import random_checkpoint
+from fastvlm_mlx.testing_names import DIALECTS
 
 
 def _load(source: Path) -> fv.FastVLM:
@@ -27,6 +28,16 @@ def _load(source: Path) -> fv.FastVLM:
 
 def _pixels() -> mx.array:
     return mx.random.uniform(shape=(1, 128, 192, 3), key=mx.random.key(3))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_weights_lie_in_rows(tmp_path: Path, dialect: str) -> None:
+    """MLX would copy a transposed view before each launch of a Metal kernel that reads it."""
+    folder = random_checkpoint(tmp_path / "checkpoint", size="tiny", dialect=dialect)
+    vlm = fv.load(folder, dtype="float16")
+    parameters = flat_parameters(vlm.network)
+    assert {a.dtype for _, a in parameters} == {mx.float16} and len(parameters) > 50
+    assert [name for name, a in parameters if not memoryview(a).c_contiguous] == []
 
 
 @pytest.mark.parametrize("dialect", ["native", "mlx-vlm"])

@@ -26,8 +26,14 @@ Named = Iterator[tuple[str, mx.array]]
 def fold_vision(config: VisionConfig, get: Get) -> Named:
     """Yield (name in `FastViTHD`, float32 array) block by block.
 
-    `get(canonical name)` returns the fused tensor in PyTorch's layout, as float32.
+    `get(canonical name)` returns the fused tensor in PyTorch's layout, as float32. Arrays come out
+    row-contiguous: MLX copies any other before each launch of a Metal kernel of ours.
     """
+    for name, array in _folded(config, get):
+        yield name, mx.contiguous(array)
+
+
+def _folded(config: VisionConfig, get: Get) -> Named:
     yield "stem.conv.weight", get("vision.patch_embed.0.reparam_conv.weight").transpose(0, 2, 3, 1)
     yield "stem.conv.bias", get("vision.patch_embed.0.reparam_conv.bias")
     yield from _depthwise("stem.depthwise", "vision.patch_embed.1.reparam_conv", get)
