@@ -75,7 +75,7 @@ def convert_checkpoint(
         if not dry_run:
             check_target(target, overwrite=options.overwrite)
         examined = examine_checkpoint(folder)
-        run = _Run(source, revision, examined, options, progress)
+        run = _Run(_public_name(source), revision, examined, options, progress)
         recipe, plan = plan_conversion(source, examined, options, say, progress)
         if dry_run:
             return Conversion(plan, {})
@@ -111,6 +111,7 @@ class _Run:
     """One conversion's inputs, and its steps."""
 
     source: str
+    """As the result names it."""
     revision: str | None
     examined: Examined
     options: Options
@@ -154,7 +155,7 @@ class _Run:
         return {
             "name": name,
             "source": self.source,
-            "source_on_hub": not Path(self.source).expanduser().exists() and "/" in self.source,
+            "source_on_hub": "/" in self.source,
             "revision": self.revision,
             "source_dialect": self.examined.dialect.value,
             "source_training_form": self.examined.training_form,
@@ -178,6 +179,12 @@ class _Run:
             },
             "versions": {p: version(p) for p in ("fastvlm-mlx", "mlx", "mlx-lm")},
         }
+
+
+def _public_name(source: str) -> str:
+    """A Hub id as it is, of a path the last part only: results are made to be published."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
 
 
 def _check_places(source: Path, target: Path) -> None:

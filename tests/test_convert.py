@@ -112,7 +112,7 @@ def test_floats_stay_the_same_model(
 ) -> None:
     _convert(tiny, tmp_path / "out", dtype="float32")
     out = fv.load(tmp_path / "out", dtype="float32")
-    assert out.source.metadata["source"] == str(tiny)
+    assert out.source.metadata["source"] == tiny.name
     ids = vlm.prompt_ids("What?")
     assert mx.array_equal(out.logits(ids, [picture]), vlm.logits(ids, [picture]))
     default = _convert(tiny, tmp_path / "default")
@@ -270,6 +270,10 @@ def test_the_report_the_card_and_the_licence(tiny: Path, tmp_path: Path) -> None
     assert "license_name: like-it" in card and "| licence | like-it |" in card
     assert "uniform 4-bit" in card and "top-1 agreement" in card
     assert (tmp_path / "out/LICENSE").read_text() == "do as you like"
+    # Nothing that may be published names a folder of this computer.
+    assert "converted from `source`" in card
+    for file in (tmp_path / "out").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file
 
 
 def _hashes(folder: Path) -> dict[str, str]:
