@@ -181,11 +181,13 @@ def test_the_context_window_limits_each_row(
     narrow = fv.FastVLM.__new__(fv.FastVLM)
     narrow.__dict__.update(vlm.__dict__)
     narrow.config = dataclasses.replace(vlm.config, context_length=longest + 3)
-    answers = narrow.ask_batch(requests, max_tokens=10)
-    assert [a.tokens for a in answers] == [
-        narrow.ask(*request, max_tokens=10).tokens for request in requests
-    ]
-    assert min(len(a.tokens) for a in answers) == 3
+    # With the penalty each row goes on from its own answer, also after another has ended.
+    for options in ({}, {"repetition_penalty": 5.0}):
+        answers = narrow.ask_batch(requests, max_tokens=10, **options)
+        assert [a.tokens for a in answers] == [
+            narrow.ask(*request, max_tokens=10, **options).tokens for request in requests
+        ]
+        assert min(len(a.tokens) for a in answers) == 3
     narrow.config = dataclasses.replace(vlm.config, context_length=longest)
     with pytest.raises(fv.PromptError, match="context window"):
         narrow.ask_batch(requests)

@@ -99,7 +99,10 @@ def test_an_earlier_record_stays_until_there_is_another(tmp_path: Path) -> None:
     assert read_record(path) == earlier
     with Keeper(empty, path) as keeper:
         keeper.add(Skipped("decode", None, "no time"))
-    assert read_record(path).skipped[0].reason == "no time"
+    assert read_record(path).skipped[0].reason == "no time" and read_record(path).finished
+    with Keeper(empty, path) as keeper:
+        keeper.add(Skipped("decode", None, "failed: out of memory"))
+    assert not read_record(path).finished
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fastvlm_mlx.benchmarks.comparison import compare_records, compare_times
+from fastvlm_mlx.benchmarks.comparison import _holm, compare_records, compare_times
 from fastvlm_mlx.benchmarks.record import Measurement, Operation, Record
 from tests.test_bench_record import a_measurement, a_record
 
@@ -69,6 +69,21 @@ def test_too_few_repeats_are_said() -> None:
     comparison = compare_records(run(0, count=3), run(1, 2.0, count=3))
     assert comparison.too_few
     assert {c.verdict for c in comparison.changes} == {"no difference"}
+    # Five would do for a single measurement, and not for fifteen.
+    one = a_record(*run(0, count=5).measurements[:1])
+    assert not compare_records(one, one).too_few
+    assert compare_records(run(0, count=5), run(1, count=5)).too_few
+
+
+def test_the_correction_never_puts_a_larger_p_below_a_smaller_one() -> None:
+    assert _holm([0.021, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert _holm([0.9, 0.5]) == [1.0, 1.0]
+
+
+def test_equal_times_share_their_rank() -> None:
+    ticks = [0.1] * 6 + [0.2] * 6
+    assert compare_times(ticks, ticks[::-1])[3] == 1.0
+    assert compare_times(ticks, [t + 0.1 for t in ticks])[3] < 0.05
 
 
 def test_other_machines_types_and_missing_sizes_are_said() -> None:

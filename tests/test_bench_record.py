@@ -134,6 +134,9 @@ def test_the_median_of_few_and_of_many() -> None:
     assert (ten.median, ten.low, ten.high) == (5.5, 2.0, 9.0)
     assert ten.coverage == pytest.approx(1 - 22 / 1024)
     assert (ten.p10, ten.p90) == (pytest.approx(1.9), pytest.approx(9.1))
+    # The third of eleven would do for 93% only.
+    eleven = summarize([float(n) for n in range(1, 12)])
+    assert (eleven.low, eleven.high) == (2.0, 10.0)
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
@@ -167,6 +170,8 @@ def test_a_machine_that_heats_up_is_noticed_and_noise_is_not() -> None:
     flagged = [d.flagged for seed in range(300) if (d := drift_of(noisy(seed).tolist()))]
     assert len(flagged) == 300 and sum(flagged) <= 6, "one in a hundred, or fewer"
     assert drift_of([0.1] * 5) is None, "too few to tell"
+    little = drift_of(np.linspace(1, 1.015, 20).tolist())
+    assert little is not None and little.change > 0 and not little.flagged, "below 2%"
 
 
 def test_drift_is_of_the_headline() -> None:

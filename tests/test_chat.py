@@ -1,6 +1,7 @@
 """A conversation equals a cold run of all that was said."""
 
 import dataclasses
+import inspect
 import itertools
 import sys
 from collections.abc import Callable
@@ -199,6 +200,53 @@ def test_a_sliding_conversation_is_a_cold_run_of_what_it_keeps(
     assert 3 < forgotten < 14
     assert [q for q, _ in chat.turns] == [q for q, _, _ in turns]
     assert chat.pictures == pictures
+
+
+def test_a_long_answer_reserves_a_quarter_of_the_window(
+    vlm: fv.FastVLM, picture: np.ndarray
+) -> None:
+    window = 400
+    chat = _narrow(vlm, window).chat(picture, sliding=True)
+    turn = 0
+    for _ in range(20):
+        before = chat.positions
+        chat.ask("What?", max_tokens=3)
+        turn = max(turn, chat.positions - before)
+    room = window - chat.stream("What?", max_tokens=10_000).prompt_tokens
+    assert window // 4 <= room < window // 4 + turn < window // 2
+
+
+def test_a_picture_added_while_an_answer_is_due_waits(vlm: fv.FastVLM, picture: np.ndarray) -> None:
+    chat = vlm.chat(picture)
+    stream = chat.stream("What?", max_tokens=2)
+    chat.add(picture[::-1])
+    stream.finish()
+    alone = len(vlm.prompt_ids("What?")) + 15
+    assert stream.answer.prompt_tokens == alone and len(chat.pictures) == 2
+    before = chat.positions
+    assert chat.ask("And <image>?", max_tokens=1).prompt_tokens > before + 16
+
+
+def test_an_answer_that_broke_off_lets_go_of_its_cache(
+    vlm: fv.FastVLM, picture: np.ndarray
+) -> None:
+    chat = vlm.chat(picture)
+    first = chat.stream("What?", max_tokens=9)
+    next(first)
+    chat.stream("And now?")
+    assert inspect.getgeneratorstate(first.chunks) == inspect.GEN_CLOSED  # type: ignore[arg-type]
+
+
+def test_a_cache_that_grew_by_half_is_cut_back(vlm: fv.FastVLM, picture: np.ndarray) -> None:
+    """An interruption may strike when a layer's keys have got new room and its values not yet."""
+    image = vlm.encode(picture)
+    chats = [vlm.chat(image), vlm.chat(image)]
+    for chat in chats:
+        chat.ask("What?", max_tokens=3)
+    layer: Any = chats[1]._state.cache[-1]
+    layer.keys = mx.pad(layer.keys, [(0, 0), (0, 0), (0, 256), (0, 0)])
+    undisturbed, disturbed = (chat.ask("And? " * 60, max_tokens=4) for chat in chats)
+    assert disturbed.tokens == undisturbed.tokens
 
 
 def test_what_cannot_fit_even_alone_is_told(vlm: fv.FastVLM, picture: np.ndarray) -> None:

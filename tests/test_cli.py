@@ -12,6 +12,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from fastvlm_mlx.cli.output import print_stats
+from fastvlm_mlx.generation import Answer, Timings
+
 
 def run(
     *args: str | Path, stdin: bytes | None = None, env: dict[str, str] | None = None
@@ -104,6 +107,16 @@ def test_a_feature_cache_outlives_the_command(tiny: Path, photo: Path, tmp_path:
     assert again[0] == first[0] and again[1] < first[1] / 4
     wrong = run("caption", photo, "-m", tiny, "--feature-cache", photo)
     assert wrong.returncode == 2 and "cannot be used as a directory" in one_line(wrong)
+    assert answer("--feature-cache", "")[0] == first[0], "an empty name is none"
+
+
+def test_the_rate_is_of_the_tokens_after_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    timings = Timings(encode=0.5, decode=2.0)
+    print_stats(Answer("abc", (1, 2, 3), 40, "stop", timings))
+    told = capsys.readouterr().err
+    assert "decoding at 1.0 tokens/s" in told and "first token after 500 ms" in told
+    print_stats(Answer("a", (1,), 40, "stop", Timings(encode=0.5)))
+    assert "decoding at -" in capsys.readouterr().err
 
 
 def test_ask_about_two_pictures(tiny: Path, photo: Path) -> None:

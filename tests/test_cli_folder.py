@@ -154,6 +154,10 @@ def test_duplicates_are_captioned_once_also_after_a_resume(tiny: Path, photos: P
     assert caption(photos, "-m", tiny, "--out", out, "--dedupe").returncode == 0
     by_name = {Path(record["image"]).name: record for record in records(out)}
     assert by_name[copy.name]["duplicate_of"] == str(photos / NAMES[0])
+    # What it cost is told once, with the picture that was asked about.
+    assert by_name[NAMES[0]].keys() - by_name[copy.name].keys() == {
+        "tokens", "ttft", "timings", "batch",
+    }  # fmt: skip
     assert by_name[copy.name]["text"] == by_name[NAMES[0]]["text"]
     (photos / "zzz.png").write_bytes(copy.read_bytes())
     more = caption(photos, "-m", tiny, "--out", out, "--dedupe", "--resume")

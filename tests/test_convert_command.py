@@ -156,6 +156,11 @@ def test_what_is_measured() -> None:
     assert broken.failures[0].startswith("mean KL divergence is")
     assert broken.thresholds["kl"] == pytest.approx(broken.kl_mean / 2)
     assert failed.tokens_until_divergence == [2]
+    # A coarse tower makes for coarse answers, however exact the language model is.
+    assert Thresholds.for_bits(16, 2) == Thresholds(0.5, 0.5, relative=True)
+    assert Thresholds.for_bits(2, 16) == Thresholds(0.05, 0.5, relative=True)
+    assert Thresholds.for_bits(16, 16) == Thresholds(0.05, 0.05)
+    assert Thresholds.for_bits(32, 32) == Thresholds(1e-4, 1e-5)
 
 
 def test_a_model_that_does_not_fit_runs_layer_by_layer(

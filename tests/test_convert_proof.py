@@ -23,7 +23,7 @@ from fastvlm_mlx.convert.accuracy import compare_accuracy, held_out_scenes, is_n
 from fastvlm_mlx.convert.calibration import samples
 from fastvlm_mlx.convert.conversion import Options, convert_checkpoint
 from fastvlm_mlx.convert.plan import Plan
-from fastvlm_mlx.convert.proof import prove
+from fastvlm_mlx.convert.proof import _first, _fold_failures, prove
 from fastvlm_mlx.convert.published import fold_error
 from fastvlm_mlx.convert.stored import StoredWeights, _allowed, check_stored
 from fastvlm_mlx.convert.streaming import dequantize, quantize, small_cache
@@ -159,6 +159,21 @@ def test_copied_weights_are_the_same_bits(tmp_path: Path) -> None:
         "projector.fc1.weight is not what the source holds"
     ]
 
+    def widen(tensors: Tensors) -> None:
+        name = "projector.fc2.scales"
+        tensors[name] = tensors[name].astype(mx.float32)
+
+    _change(tmp_path / "out", widen)
+    failures = _check(source, tmp_path / "out", plan).failures
+    assert "projector.fc2.scales is not what the source holds" in failures
+
+
+def test_what_the_plan_does_not_know_is_found(tiny: Path, tmp_path: Path) -> None:
+    plan = _converted(tiny, tmp_path / "planned")
+    _converted(tiny, tmp_path / "out", bits=4)
+    failures = _check(tiny, tmp_path / "out", plan).failures
+    assert "projector.fc1.scales has no counterpart in the source" in failures
+
 
 def test_another_config_is_found(tiny: Path, tmp_path: Path) -> None:
     plan = _converted(tiny, tmp_path / "out")
@@ -252,6 +267,27 @@ def test_a_mistake_in_folding_is_found(
 
 
 # --------------------------------------------------------------------------------- the whole proof
+
+
+def test_a_fold_that_is_no_number_fails() -> None:
+    fold = {"run": True, "error": float("nan"), "limit": 1e-4}
+    assert len(_fold_failures(fold)) == 1
+    assert _fold_failures({**fold, "error": 1e-5}) == _fold_failures({"run": False}) == []
+
+
+def test_only_the_first_failures_are_listed() -> None:
+    assert _first(list("abc")) == list("abc")
+    assert _first(list("abcde")) == [*"abc", "and 2 more tensors"]
+
+
+def test_the_cache_of_freed_memory_is_as_before() -> None:
+    limit = mx.set_cache_limit(12_345_678)
+    try:
+        with pytest.raises(KeyError), small_cache():
+            raise KeyError
+        assert mx.set_cache_limit(limit) == 12_345_678
+    finally:
+        mx.set_cache_limit(limit)
 
 
 def test_a_wrong_file_is_thrown_away(

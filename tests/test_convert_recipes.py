@@ -12,7 +12,15 @@ from fastvlm_mlx.checkpoint.quantized import Quantization
 from fastvlm_mlx.convert import compare
 from fastvlm_mlx.convert.allocation import allocate
 from fastvlm_mlx.convert.conversion import Conversion, Options, convert_checkpoint
-from fastvlm_mlx.convert.recipes import Packing, mixed, packing, read_recipe, uniform
+from fastvlm_mlx.convert.recipes import (
+    Packing,
+    Recipe,
+    Rule,
+    mixed,
+    packing,
+    read_recipe,
+    uniform,
+)
 
 MODULES = {
     "vision.stem.pointwise": 96,
@@ -38,6 +46,19 @@ def test_mixed_raises_the_edges() -> None:
     assert bits == [6, 6, *[4] * 12, 6, 6]
     assert found["projector.fc1"].bits == found["language_model.model.embed_tokens"].bits == 6
     assert not any(name.startswith("vision.") for name in found)
+
+
+@pytest.mark.parametrize(("bits", "higher"), [(2, 4), (3, 5), (4, 6), (5, 8), (6, 8), (8, 8)])
+def test_mixed_goes_one_step_higher(bits: int, higher: int) -> None:
+    found = mixed(packing(bits), MODULES).quantization(MODULES)
+    assert found["projector.fc1"].bits == higher
+    assert found["language_model.model.layers.8.self_attn.q_proj"].bits == bits
+
+
+def test_a_rule_in_the_shade_of_another_is_no_mistake() -> None:
+    rules = (Rule("projector.*", packing(8)), Rule("projector.fc1", packing(2)))
+    found = Recipe("mine", packing(4), rules=rules).quantization(MODULES)
+    assert found["projector.fc1"].bits == 8
 
 
 def test_a_recipe_file(tmp_path: Path) -> None:

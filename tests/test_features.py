@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -331,6 +332,26 @@ def test_a_damaged_entry_is_replaced(
     assert file.read_bytes() == good
 
 
+def test_other_shapes_and_types_of_the_same_bytes_are_damage(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    write_saved(file, "thing", {"x": mx.zeros((4, 6))}, {})
+    loaded: Any = mx.load(str(file), format="safetensors", return_metadata=True)
+    tensors, metadata = loaded
+    mx.eval(tensors)
+    for other in (tensors["x"].reshape(6, 4), tensors["x"].view(mx.int32)):
+        with file.open("wb") as stream:
+            mx.save_safetensors(stream, {"x": other}, metadata)
+        with pytest.raises(fv.SavedFileError, match="do not match its checksum"):
+            read_saved(file, "thing")
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    link.symlink_to(file)
+    write_saved(link, "thing", {"x": mx.zeros(3)}, {"n": 1})
+    assert link.is_symlink() and read_saved(file, "thing")[1] == {"n": 1}
+
+
 def test_the_folder_is_bounded(tmp_path: Path) -> None:
     tokens = mx.zeros((64, 64))
     cache = fv.FeatureCache(folder=tmp_path, memory_bytes=0, disk_bytes=200_000)
@@ -342,6 +363,18 @@ def test_the_folder_is_bounded(tmp_path: Path) -> None:
     smaller.put(fv.EncodedImage(tokens, "m", "new"))
     assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 50_000
     assert smaller.get("m", "new")
+
+
+def test_what_was_asked_about_again_is_kept_on_disk(tmp_path: Path) -> None:
+    cache = fv.FeatureCache(folder=tmp_path, memory_bytes=0, disk_bytes=100_000)
+    for n in range(3):
+        cache.put(fv.EncodedImage(mx.zeros((64, 64)), "m", str(n)))
+    for age, file in enumerate(sorted(tmp_path.iterdir(), key=lambda f: f.stat().st_mtime_ns)):
+        os.utime(file, (10**9 + age, 10**9 + age))
+    assert cache.get("m", "0")
+    smaller = fv.FeatureCache(folder=tmp_path, memory_bytes=0, disk_bytes=40_000)
+    smaller.put(fv.EncodedImage(mx.zeros((64, 64)), "m", "new"))
+    assert smaller.get("m", "0") and not smaller.get("m", "1")
 
 
 def test_many_writers_share_a_folder(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """float16: residual streams that would overflow are scaled exactly, others are left alone."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.fold import fold_vision
 from fastvlm_mlx.checkpoint.half import choose_residual_scales, probe_pixels
 from fastvlm_mlx.checkpoint.loading import examine_checkpoint
 from fastvlm_mlx.config import VisionConfig
-from fastvlm_mlx.vision import Head
+from fastvlm_mlx.convert.verification import unscaled_maps
+from fastvlm_mlx.vision import FastViTHD, Head
 
 TOWER = "model.vision_tower.vision_tower.model.network"
 
@@ -110,6 +113,10 @@ def test_the_gate_of_a_large_map(side: int) -> None:
     assert error.item() < 2e-3
 
 
+def test_a_folded_tower_keeps_the_scales_it_was_written_with() -> None:
+    assert fv.load("nano", dtype="float16").config == fv.load("nano").config
+
+
 def test_a_quiet_tower_is_left_alone(tiny: Path) -> None:
     assert fv.load(tiny, dtype="float16").config.vision == VisionConfig(
         layers=(1, 1, 1, 1, 1), dims=fv.load(tiny).config.vision.dims,
@@ -122,6 +129,20 @@ def test_the_probe_is_a_picture() -> None:
     assert pixels.shape == (1, 128, 128, 3)
     assert float(pixels.min()) >= 0 and float(pixels.max()) <= 1
     assert float(mx.var(pixels)) > 0.05
+    top, bottom = mx.split(pixels[0], 2)
+    flat, smooth, stripes, noise = (h for half in (top, bottom) for h in mx.split(half, 2, axis=1))
+    assert mx.abs(flat - flat[0, 0]).max().item() == 0
+    assert 0 < mx.abs(smooth[1:] - smooth[:-1]).max().item() < 0.01
+    assert set(np.unique(np.array(stripes)).tolist()) == {0, 1}
+    assert len(np.unique(np.array(noise))) > 10_000
+
+
+def test_maps_are_compared_without_the_scales(loud: Path) -> None:
+    exact, half = (fv.load(loud, dtype=dtype) for dtype in ("float32", "float16"))
+    scales = half.config.vision.residual_scales
+    found = unscaled_maps(half.vision, _pixels(), scales)
+    for name, expected in exact.vision.feature_maps(_pixels()).items():
+        assert _error(found[name], expected) < 0.02
 
 
 def test_the_chosen_scale_brings_the_probe_below_the_target(loud: Path) -> None:
@@ -132,7 +153,10 @@ def test_the_chosen_scale_brings_the_probe_below_the_target(loud: Path) -> None:
         return source.refs[name].load().astype(mx.float32)
 
     scales = choose_residual_scales(vision, get)
-    import dataclasses
-
     again = choose_residual_scales(dataclasses.replace(vision, residual_scales=scales), get)
     assert again == scales, "the choice does not depend on scales already in the config"
+    config = dataclasses.replace(vision, residual_scales=scales)
+    tower = FastViTHD(config)
+    tower.load_weights(list(fold_vision(config, get)), strict=True)
+    peak = mx.abs(tower.feature_maps(probe_pixels(vision.image_size))["stage5"]).max().item()
+    assert 100 < peak <= 1024

@@ -226,6 +226,10 @@ def test_transparency_is_laid_on_white() -> None:
     assert pixels(premultiplied) == expected
 
 
+def test_a_picture_that_is_half_transparent_everywhere() -> None:
+    assert pixels(load_image(Image.new("RGBA", (2, 1), (0, 0, 0, 127)))) == [[128] * 3] * 2
+
+
 def test_transparency_of_grey_and_palette() -> None:
     grey = Image.fromarray(np.array([[[10, 0], [10, 255]]], np.uint8), "LA")
     assert pixels(load_image(encoded(grey))) == [[255] * 3, [10] * 3]
@@ -355,6 +359,13 @@ def test_srgb_and_unusable_profiles_change_nothing(icc: bytes) -> None:
     loaded = load_image(encoded(image, icc_profile=icc))
     assert "icc_profile" not in loaded.info
     np.testing.assert_array_equal(fit_image(loaded, 16), np.asarray(image))
+
+
+def test_a_profile_that_differs_a_little_is_applied() -> None:
+    data = encoded(Image.new("RGB", (2, 2), (60, 60, 60)), icc_profile=profile(SRGB_COLUMNS, 1.8))
+    expected = 255 * (1.055 * ((60 / 255) ** 1.8) ** (1 / 2.4) - 0.055)
+    assert 10 < expected - 60 < 20
+    np.testing.assert_allclose(fit_image(load_image(data), 2), expected, atol=1.5)
 
 
 def test_a_grey_profile_is_applied_to_grey() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -59,6 +60,25 @@ def test_the_training_form_is_fused(tmp_path: Path) -> None:
     assert examine_checkpoint(folder).training_form
     features = fv.load(folder).vision(_pixels())
     assert 0.05 < float(mx.abs(features).max()) < 1e3
+
+
+def test_a_way_of_quantizing_that_is_not_known(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "q", size="tiny", dialect="mlx-vlm", quantize=4)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        config[key] = {**config.get(key, {}), "mode": "awq"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(fv.CheckpointError, match="quantized as 'awq'; expected one of affine"):
+        load_checkpoint(folder, dtype=mx.float32)
+
+
+def test_narrow_matrices_are_quantized_in_smaller_groups() -> None:
+    layers = [nn.Linear(width, 8) for width in (64, 96, 80)]
+    before = [mx.array(layer.weight) for layer in layers]
+    for layer in layers:
+        quantize_linears(layer, 4, keep_packed=False)
+    changed = [not mx.array_equal(b, layer.weight) for b, layer in zip(before, layers, strict=True)]
+    assert changed == [True, True, False]
 
 
 def test_quantized_files_equal_their_dequantization(tmp_path: Path) -> None:
@@ -151,6 +171,8 @@ def test_a_zip_loads_without_unpacking_and_leaves_nothing(
         for file in tiny.iterdir():
             packed.write(file, f"llava-fastvithd_tiny/{file.name}")
         packed.writestr("__MACOSX/llava-fastvithd_tiny/._config.json", b"\0")
+        packed.writestr("__MACOSX/config.json", b"\0")
+        packed.writestr("llava-fastvithd_tiny/trainer/config.json", b"{}")
     assert mx.array_equal(_load(archive).vision(_pixels()), vlm.vision(_pixels()))
     assert list(temporary.iterdir()) == []
 

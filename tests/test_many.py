@@ -148,12 +148,35 @@ def test_files_with_the_same_bytes_are_asked_about_once(
         expected = [None, None, None, paths[0], paths[0], paths[1], None]
         assert [record.duplicate_of for record in records] == expected
         assert records[3].text == records[0].text and records[5].text == records[1].text
+        copies = [record.answer for record in records if record.duplicate_of]
+        assert all(copy and (copy.tokens, copy.ttft) == ((), 0) for copy in copies)
+        # Only what was asked shared the batch: all seven at once are three.
+        assert records[0].batch == min(size, 3)
         assert records[6].error is not None
     asked.clear()
     known = {records[0].sha256: Known("before", records[0].answer)}
     again = list(vlm.caption_many(paths[:2], dedupe=True, known=known, max_tokens=3))
     assert (again[0].duplicate_of, again[0].text) == ("before", records[0].text)
     assert sum(asked) == 1
+
+
+def test_closing_leaves_pictures_alone_that_nobody_has_begun(
+    vlm: fv.FastVLM, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, opened, go_on = fv.FastVLM.before_encoder, [], threading.Event()
+
+    def slow(self: fv.FastVLM, image: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            opened.append(image)
+            assert len(opened) == 1 or go_on.wait(20)
+        return original(self, image)
+
+    monkeypatch.setattr(fv.FastVLM, "before_encoder", slow)
+    records = vlm.caption_many([picture] * 9, batch=1, workers=1, max_tokens=1)
+    next(records)
+    threading.Timer(0.3, go_on.set).start()
+    records.close()
+    assert len(opened) <= 2, "the third was waiting its turn"
 
 
 def test_one_prompt_too_long_fails_its_picture_only(vlm: fv.FastVLM, picture: np.ndarray) -> None:

@@ -239,6 +239,8 @@ def test_the_same_picture_has_one_key(tmp_path: Path, monkeypatch: pytest.Monkey
     assert picture_key(str(tmp_path / "tmp" / ".." / "private" / "a.jpg")) == there
     assert picture_key(str(tmp_path / "private" / "A.jpg")) != there
     assert picture_key(str(tmp_path / "gone" / "a.jpg")) == str(tmp_path / "gone" / "a.jpg")
+    for name in ("-", "https://host/a/../b.jpg", "data:image/png,a/../b"):
+        assert picture_key(name) == name
     one, two = "Caf\u00e9.jpg", "Cafe\u0301.jpg"
     monkeypatch.setattr("sys.platform", "linux")
     assert picture_key(one) != picture_key(two), "two files may stand side by side"

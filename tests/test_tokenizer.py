@@ -38,6 +38,19 @@ def test_streaming_equals_decoding_and_never_splits_a_character(vlm: fv.FastVLM)
     assert "".join(pieces) == "é🙂"
 
 
+def test_added_tokens_that_are_text_are_streamed(tiny: Path, tmp_path: Path) -> None:
+    """Qwen2.5's <tool_call> is one: added, but not special."""
+    backend = Tokenizer.from_directory(tiny)._backend
+    backend.add_tokens(["<tool_call>"])
+    backend.add_special_tokens(["<|box|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    ids = tokenizer.encode("a<tool_call><|box|>b")
+    assert len(ids) == 4
+    stream = tokenizer.stream()
+    assert [stream.push(i) for i in ids] == ["a", "<tool_call>", "", "b"]
+
+
 def test_genuine_qwen2_ids(qwen2_tokenizer: Path) -> None:
     tokenizer = Tokenizer.from_directory(qwen2_tokenizer)
     assert len(tokenizer) == 151646

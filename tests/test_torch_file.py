@@ -538,6 +538,7 @@ def test_dotted_names_are_refused(file: Path, marker: Path, module: str, name: s
         (b"\x80\x02}q\x00h\x01.", "damaged"),  # a memo that was never made
         (b"\x80\x02].", "holds a list"),
         (b"\x80\x02}}.", "damaged"),
+        (b"\x80\x02}(.", "damaged"),  # a mark that nothing has used
         (b"\x80\x02}", "damaged"),
         (b"\x80\x02.", "damaged"),
         (b"", "damaged"),
