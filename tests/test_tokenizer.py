@@ -13,7 +13,8 @@ from fastvlm_mlx.tokenizer import Tokenizer
 
 
 def test_decode_undoes_encode(vlm: fv.FastVLM) -> None:
-    @given(st.text())
+    # decode leaves special tokens out; hypothesis finds their names in the sources and tries them.
+    @given(st.text().filter(lambda text: "<|" not in text))
     def check(text: str) -> None:
         import unicodedata
 
