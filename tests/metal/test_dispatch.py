@@ -154,3 +154,11 @@ def test_what_no_kernel_takes_is_plain() -> None:
     assert attention_module.form(mx.zeros((1, 4, 3 * 64)), 1) == "plain"
     assert gelu_module.form(mx.zeros((7,))) == "compiled"
     assert selfcheck.verdicts() == []
+
+
+def test_what_doctor_shows() -> None:
+    """Every operation on its kernel, as near to the plain form as the self-checks ask."""
+    found = ops.statuses(mx.float16)
+    assert {s.op: s.form for s in found if s.form != "kernel"} == {"ffn": "added"}
+    assert all(s.error <= selfcheck.TOLERANCE[mx.float16] for s in found)
+    assert {s.reason for s in found if s.form == "kernel"} == {"Metal kernel, self-check passed"}
