@@ -73,3 +73,19 @@ def test_a_part_stopped_too_early_is_caught() -> None:
     check_split("encode", seconds=0.04, least=0.05)
     with pytest.raises(BenchmarkError, match=r"'encode' shows 0.20 ms for work that takes 50.00"):
         check_split("encode", seconds=0.0002, least=0.05)
+
+
+def test_what_was_queued_before_is_not_counted() -> None:
+    def heavy() -> mx.array:
+        a = mx.full((1024, 1024), 1e-3)
+        for _ in range(12):
+            a = a @ a
+        return a
+
+    small = mx.array(1.0)
+    mx.eval(small)
+    timed(heavy)
+    alone = timed(heavy)[0]
+    queued = heavy()
+    mx.async_eval(queued)
+    assert timed(lambda: small + 1)[0] < alone / 2

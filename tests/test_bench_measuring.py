@@ -1,5 +1,8 @@
 """Measuring: what runs how often, what is recorded, what is refused; nothing depends on speed."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 
@@ -24,6 +27,7 @@ from fastvlm_mlx.benchmarks.subjects import (
 )
 from fastvlm_mlx.benchmarks.tables import milliseconds, plain_line, rows
 from fastvlm_mlx.errors import BenchmarkError, CheckpointError, OptionError
+from fastvlm_mlx.generation import Chunk, Timings
 from fastvlm_mlx.prompt import prompt_ids
 from fastvlm_mlx.tokenizer import Tokenizer
 from fastvlm_mlx.vision import FastViTHD
@@ -240,3 +244,32 @@ def test_the_table() -> None:
     assert "(10.0 to 30.0)" in lines[0], "in brackets: three repeats are not 95%"
     rate = rows(a_measurement("decode", None, seconds={"token": part}))[1]
     assert plain_line(rate).split() == ["throughput", "50.0", "tokens/s"]
+
+
+def test_decoding_is_the_time_between_tokens(
+    nano: fv.FastVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(*_: object) -> Iterator[Chunk]:
+        yield from (Chunk("", 5, None, Timings(decode=0.1 * n)) for n in range(4))
+
+    monkeypatch.setattr(measuring, "generate", generate)
+    measured = measure_decode(nano, 10, EFFORT, quiet)
+    assert measured.seconds["token"] == pytest.approx((0.1,) * 3)
+
+
+def test_the_first_start_is_not_counted(nano: fv.FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = iter([(9.0, 10.0), (1.0, 2.0), (3.0, 4.0)])
+    monkeypatch.setattr(measuring, "_start", lambda command: next(starts))
+    measured = measuring.measure_cold_start(nano, "nano", [], Effort(cold_starts=2), quiet)
+    assert measured.seconds == {"first_text": (1.0, 3.0), "exit": (2.0, 4.0)}
+
+
+@pytest.mark.parametrize("part", ["encode", "prefill"])
+def test_parts_that_are_told_too_short_are_no_measurement(
+    nano: fv.FastVLM, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    told = replace(Timings(encode=60.0, prefill=60.0), **{part: 1e-9})
+    chunk = Chunk("", 5, "length", told)
+    monkeypatch.setattr(type(nano), "stream", lambda *_, **__: iter([chunk]))
+    with pytest.raises(BenchmarkError, match=f"clock of '{part}'"):
+        measure_ttft(nano, 128, EFFORT, quiet)

@@ -125,6 +125,10 @@ def test_saved_conversations_go_on(tiny: Path, photo: Path, tmp_path: Path) -> N
     first = _chat(photo, "-m", tiny, lines=f"One?\nTwo?\n/save {file}")
     second = _chat("--load", file, "-m", tiny, lines="Three?")
     assert first.stdout + second.stdout == whole.stdout
+    kept, again = tmp_path / "sliding", tmp_path / "again"
+    _chat(photo, "-m", tiny, "--sliding", lines=f"One?\n/save {kept}")
+    _chat("--load", kept, "-m", tiny, lines=f"Two?\n/save {again}")
+    assert fv.load_chat(again, fv.load(tiny)).sliding, "a saved conversation goes on sliding"
     other = _chat("--load", file, "-m", tiny, "--quantize", "4", lines="Three?")
     assert other.returncode == 1 and "another model" in one_line(other)
     missing = _chat("--load", tmp_path / "missing", "-m", tiny, lines="Three?")

@@ -5,12 +5,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.quantized import Quantization
-from fastvlm_mlx.convert import compare
+from fastvlm_mlx.convert import compare, sensitivity
 from fastvlm_mlx.convert.allocation import allocate
+from fastvlm_mlx.convert.calibration import samples
 from fastvlm_mlx.convert.conversion import Conversion, Options, convert_checkpoint
 from fastvlm_mlx.convert.recipes import (
     Packing,
@@ -172,3 +174,30 @@ def test_recipes_side_by_side(
         monkeypatch.setattr("sys.argv", ["compare", str(tiny), "--recipes", wrong])
         with pytest.raises(SystemExit, match="expected such as uniform:4"):
             compare.main()
+
+
+def test_auto_weighs_what_a_matrix_does_and_not_how_large_its_error_is(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KL per squared error is what counts: a matrix with ten times the error is not worth more."""
+
+    def error(matrix: mx.array, how: Quantization, _: object) -> float:
+        return (10.0 if matrix.shape[0] == 64 else 1.0) * 2.0**-how.bits
+
+    monkeypatch.setattr(sensitivity, "measure", lambda *_: 1.0)
+    monkeypatch.setattr(sensitivity, "weight_error", error)
+    options = Options(recipe="auto", target_bits=4.5, group_size=64)
+    plan = convert_checkpoint(str(tiny), tmp_path / "out", options, dry_run=True).plan
+    # As many weights each; only their rows tell them apart here.
+    down, gate = (
+        [how.bits for name, how in plan.quantization.items() if name.endswith(part)]
+        for part in ("down_proj", "gate_proj")
+    )
+    assert len(down) == len(gate) == 2 and max(down + gate) - min(down + gate) <= 1
+
+
+def test_calibration_and_verification_share_no_picture() -> None:
+    calibration = samples(sensitivity._SAMPLES, sensitivity._SEED)
+    for seed in range(3):
+        for one in samples(8, seed):
+            assert all(one.picture != other.picture for other in calibration)

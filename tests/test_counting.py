@@ -38,11 +38,33 @@ def test_a_value_with_two_consumers_is_not_fused_away() -> None:
 
     assert len(count_launches(fork, X, compiled=True).launches) == 2
 
+    def first_one_is_element_wise(x: mx.array) -> mx.array:
+        y = mx.exp(x)
+        return mx.matmul(mx.sin(y), y.T)
+
+    launches = count_launches(first_one_is_element_wise, X, compiled=True).launches
+    assert [launch.name for launch in launches] == ["Exp", "Sin", "Matmul"]
+
 
 def test_views_are_free_and_strided_copies_are_not() -> None:
     assert count_launches(lambda x: x.reshape(64, 32)[:, None], X, compiled=False).launches == ()
     copied = count_launches(lambda x: x.T.reshape(-1), X, compiled=False)
     assert [launch.bytes for launch in copied.launches] == [2 * MAP]
+    part = count_launches(lambda x: mx.exp(x[:4]), X, compiled=False)
+    assert [launch.bytes for launch in part.launches] == [2 * MAP // 8], "a slice reads its part"
+
+
+def test_a_convolution_gets_a_copy_of_a_strided_map() -> None:
+    kernel = mx.zeros((8, 3, 3, 4), mx.float16)
+    mx.eval(kernel)
+
+    def turned(x: mx.array) -> mx.array:
+        return mx.conv2d(mx.exp(x).transpose(0, 2, 1, 3), kernel, padding=1)
+
+    picture = mx.zeros((1, 16, 32, 4), mx.float16)
+    launches = count_launches(turned, picture, compiled=False).launches
+    assert [launch.name for launch in launches] == ["Exp", "copy", "Convolution"]
+    assert launches[1].bytes == 2 * picture.nbytes
 
 
 def test_fused_kernels_of_mlx_count_once() -> None:
