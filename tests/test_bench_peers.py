@@ -242,3 +242,13 @@ def test_nothing_in_time_is_said(monkeypatch: pytest.MonkeyPatch, vlm: fv.FastVL
 def test_one_slow_answer_in_five_is_too_many() -> None:
     times = summarize([0.1] * 8 + [0.5] * 2)
     assert times.median == 0.1 and times.p90 > 0.2
+    measured = a_measurement("ttft", 256, seconds={"felt": (0.1,) * 8 + (0.5,) * 2}, image_tokens=4)
+    assert not advisor._candidate(measured, None, 0.2).holds
+    assert advisor._candidate(measured, None, 0.6).holds
+
+
+def test_of_equal_sizes_the_most_exact_form_is_taken() -> None:
+    times = summarize([0.1] * 10)
+    forms = [Candidate(512, 64, bits, times, holds=True) for bits in (4, None, 8)]
+    best = choose(forms)
+    assert best is not None and best.bits is None

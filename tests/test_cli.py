@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fastvlm_mlx.cli.output import print_stats
+from fastvlm_mlx.cli.output import print_stats, waiting
 from fastvlm_mlx.generation import Answer, Timings
 
 
@@ -300,3 +300,21 @@ def test_a_closed_pipe_is_no_crash(tiny: Path, photo: Path) -> None:
     )
     result = subprocess.run(command, shell=True, capture_output=True, check=True)
     assert b"Traceback" not in result.stderr and b"BrokenPipe" not in result.stderr
+
+
+def test_a_person_is_told_what_takes_longer_than_a_second(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with waiting("Looking"):
+        time.sleep(1.1)
+    assert capsys.readouterr() == ("", ""), "nobody is looking"
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with waiting("Looking"):
+        pass
+    assert "Looking" not in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt), waiting("Looking"):
+        time.sleep(1.3)
+        raise KeyboardInterrupt
+    told = capsys.readouterr()
+    assert "Looking" in told.err and told.out == ""

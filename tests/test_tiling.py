@@ -179,6 +179,7 @@ def test_the_automatic_size_holds_the_picture(
     picture_size: tuple[int, int], fit: Fit, grid: tuple[int, int], expected: int
 ) -> None:
     assert automatic_size(*picture_size, 1024, fit, grid) == expected
+    assert automatic_size(*picture_size, 128, fit, grid) == 128, "never more than the model's own"
 
 
 def test_automatic_size_of_each_picture(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ..errors import OptionError
 from ..listing import find_pictures
 from .many import ManyOptions, caption_each
 from .options import AnswerOptions, ModelOptions, PrintOptions, prepare_mlx, spread
-from .output import print_answer, print_json, print_record, print_stats, say
+from .output import SEEING, print_answer, print_json, print_record, print_stats, say, waiting
 
 if TYPE_CHECKING:
     from ..vlm import FastVLM
@@ -126,7 +126,8 @@ def _answer(
     """Run one request; print the answer as it comes, or as one JSON document."""
     from ..generation import check_whole
 
-    stream = vlm.stream(_sources(images), question, **options)
+    with waiting(SEEING):
+        stream = vlm.stream(_sources(images), question, **options)
     if printing.as_json:
         print_json(images, stream.finish())
     else:
@@ -156,7 +157,9 @@ def _choose(
     from ..scoring import check_choices
 
     texts = check_choices([choice.strip() for choice in choices.split(",")])
-    found = model.load().choose(_sources(images), question, texts)
+    vlm = model.load()
+    with waiting(SEEING):
+        found = vlm.choose(_sources(images), question, texts)
     if printing.as_json:
         print_record(images, {"choice": found.best, "probabilities": found.probabilities})
     else:

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import FastVLMError, OptionError
 from .options import AnswerOptions, ModelOptions, Stats, spread
-from .output import print_answer, print_stats, say
+from .output import SEEING, print_answer, print_stats, say, waiting
 
 if TYPE_CHECKING:
     from ..chat import Chat
@@ -63,7 +63,8 @@ def converse(
     chat = load_chat(load, vlm) if load else vlm.chat()
     chat.sliding = chat.sliding or sliding
     # Now rather than with the first question: the encoder runs while that is typed.
-    chat.add(*(vlm.encode(image) for image in images or ()))
+    with waiting(SEEING):
+        chat.add(*(vlm.encode(image) for image in images or ()))
     session = _Session(vlm, chat, options, stats)
     session.run()
     if session.failed and not session.interactive:
@@ -111,7 +112,8 @@ class _Session:
         if command in ("/image", "/save") and not argument:
             raise OptionError(f"{command} needs a path: {command} PATH.")
         if command == "/image":
-            image = self.vlm.encode(_path(argument))
+            with waiting(SEEING):
+                image = self.vlm.encode(_path(argument))
             self.chat.add(image)
             say(f"({image.tokens.shape[0]} image tokens, shown with the next question)")
         elif command == "/clear":

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from ..generation import Answer, Stream
 
 __all__ = [
+    "SEEING",
     "loading_progress",
     "print_answer",
     "print_facts",
@@ -19,7 +21,11 @@ __all__ = [
     "print_record",
     "print_stats",
     "say",
+    "waiting",
 ]
+
+
+SEEING = "Looking at the picture"
 
 
 def say(line: str) -> None:
@@ -105,3 +111,22 @@ def loading_progress() -> Iterator[Callable[[int, int], None] | None]:
             bar.update(task, completed=done, total=total, visible=late)
 
         yield update
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say on stderr what takes so long, after a second and if a person is looking."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    status = Console(stderr=True).status(what)
+    late = threading.Timer(1.0, status.start)
+    late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
+        late.join()
+        status.stop()
