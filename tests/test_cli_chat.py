@@ -29,7 +29,8 @@ COMMAND = [sys.executable, "-c", "from fastvlm_mlx.cli import main; main()", "ch
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory, picture: np.ndarray) -> Path:
-    file = tmp_path_factory.mktemp("photos") / "写真 1.png"
+    # As macOS names a screenshot: a narrow no-break space before AM and PM.
+    file = tmp_path_factory.mktemp("photos") / "写真 1\u202fPM.png"
     PIL.Image.fromarray(picture).save(file)
     return file
 
