@@ -335,11 +335,15 @@ def _fill(
 
 def _sum(array: mx.array) -> mx.array:
     """NaN and infinity survive a sum; in float32 finite weights cannot overflow it."""
-    # In pieces: a table of 150,000 tokens has a float32 copy larger than all that is beside it.
-    rows = max(1, _BATCH_BYTES // (4 * max(1, math.prod(array.shape[1:]))))
-    starts = range(0, array.shape[0], rows) if array.ndim else ()
-    parts = [array[at : at + rows].astype(mx.float32).sum() for at in starts]
-    return mx.stack(parts).sum() if parts else array.astype(mx.float32)
+    if array.nbytes <= _BATCH_BYTES:
+        return array.astype(mx.float32).sum()
+    # A table of 150,000 tokens: its float32 copy would be larger than all that is beside it.
+    total = mx.zeros(())
+    rows = max(1, _BATCH_BYTES // (4 * math.prod(array.shape[1:])))
+    for at in range(0, array.shape[0], rows):
+        total += array[at : at + rows].astype(mx.float32).sum()
+        mx.eval(total)
+    return total
 
 
 def _evaluate(batch: list[tuple[str, mx.array]], sums: list[tuple[str, mx.array]]) -> None:
