@@ -16,8 +16,12 @@ Progress = Callable[[str, int, int], None]
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Directory, .zip, Hub id, or 'nano'.")],
-    destination: Annotated[Path, typer.Argument(help="The directory to write.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Directory, .zip, Hub id, or 'nano'.")
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DESTINATION", help="The directory to write.")
+    ],
     bits: Annotated[
         int | None, typer.Option(help="2, 3, 4, 5, 6 or 8: language model and projector.")
     ] = None,

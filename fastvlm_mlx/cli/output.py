@@ -36,9 +36,12 @@ def say(line: str) -> None:
 def _print_stream(stream: "Stream") -> None:
     """The answer while it is produced, on a line of its own."""
     try:
-        for chunk in stream:
+        with waiting("Reading the prompt"):
+            chunk = next(stream, None)
+        while chunk is not None:
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
+            chunk = next(stream, None)
     finally:
         # Also after Ctrl-C: what was said so far stands on a line of its own.
         sys.stdout.write("\n")
