@@ -11,6 +11,7 @@ uint8 until the last step. Every failure is an ImageError; nothing of PIL's own 
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import math
 import os
@@ -189,6 +190,11 @@ def _decoding(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:  # PIL's plugins raise over a dozen types for damaged files
+        if isinstance(error, OSError) and error.errno == errno.EDEADLK:
+            raise ImageError(
+                f"{name} is kept in the cloud, and macOS did not fetch it ({reason(error)}); "
+                "download it first, in Finder for example"
+            ) from error
         raise ImageError(
             f"{name} cannot be decoded ({reason(error)}); expected a complete, undamaged image: "
             "fetch or export it again"

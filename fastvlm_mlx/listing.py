@@ -1,5 +1,6 @@
 """Folders, patterns, files and URLs -> names of pictures, in a stable order."""
 
+import errno
 import glob
 import os
 import unicodedata
@@ -29,7 +30,8 @@ def find_pictures(
     Folders and patterns (`*`, `?`, `[...]`, `**` for any depth) give the files whose ending says
     picture, sorted by name, hidden ones left out; a file that several of them find is given once.
     A photo library of macOS holds each picture in several sizes: given as a place it stands for its
-    originals, inside other folders it is left out, which `notice` is told in a line.
+    originals, inside other folders it is left out, which `notice` is told in a line; so are folders
+    inside that macOS does not let this program see.
     Every other place is taken as it is: whoever opens it says what is wrong with it.
 
     Raises ImageError for a folder or pattern that gives nothing, or that cannot be listed.
@@ -62,7 +64,10 @@ def find_pictures(
 
 def _in_folder(folder: str, recursive: bool, notice: Notice) -> Iterator[str]:
     def fail(error: OSError) -> None:
-        raise _cannot_list(error) from error
+        # macOS keeps some folders, such as Photo Booth's, from programs without consent.
+        if error.errno != errno.EPERM or error.filename == folder:
+            raise _cannot_list(error) from error
+        notice(f"left out: {_cannot_list(error)}")
 
     for root, folders, files in os.walk(folder, onerror=fail):
         libraries = sorted(name for name in folders if _is_library(name)) if recursive else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import http.server
 import io
 import os
@@ -25,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from fastvlm_mlx import fetching
+from fastvlm_mlx import fetching, images
 from fastvlm_mlx.errors import ImageError, OptionError
 from fastvlm_mlx.images import fit_image, load_image, to_pixels
 
@@ -560,6 +561,20 @@ def test_heif_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", module)
     assert pixels(load_image(HEIC)) == [[7, 8, 9]] * 12
     assert "4x3" in refusal(HEIC, max_pixels=11)
+
+
+def test_a_picture_that_is_in_the_cloud_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is listed like any other, with its size; reading it is what fails."""
+
+    class Dataless(io.BytesIO):
+        def read(self, *_: Any) -> bytes:
+            raise OSError(errno.EDEADLK, "Resource deadlock avoided")
+
+    monkeypatch.setattr(images, "open_source", lambda *_: (Dataless(), "IMG_1.HEIC"))
+    assert "IMG_1.HEIC is kept in the cloud" in refusal("IMG_1.HEIC")
+    assert "download it first" in refusal("IMG_1.HEIC")
 
 
 def test_a_real_heif(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Files of records: whole at every moment, continued exactly, never lost."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -222,12 +224,12 @@ def test_pictures_that_differ_in_their_ending_do_not_share_a_text(tmp_path: Path
 def test_sidecars_are_one_where_the_file_system_says_so(tmp_path: Path) -> None:
     """As A.txt and a.txt are on most Macs; here a second name of the folder stands for that."""
     (tmp_path / "photos").mkdir()
-    (tmp_path / "Photos").symlink_to(tmp_path / "photos")
+    (tmp_path / "same").symlink_to(tmp_path / "photos")
     sidecars = Sidecars("txt", force=True)
     sidecars.write(str(tmp_path / "photos" / "a.jpg"), "A cat.")
     sidecars.write(str(tmp_path / "photos" / "a.jpg"), "A cat, again.")
     with pytest.raises(fv.OutputError, match=r"belongs to .*photos/a\.jpg"):
-        sidecars.write(str(tmp_path / "Photos" / "a.png"), "A dog.")
+        sidecars.write(str(tmp_path / "same" / "a.png"), "A dog.")
     assert (tmp_path / "photos" / "a.txt").read_text() == "A cat, again.\n"
 
 
@@ -384,6 +386,29 @@ def test_a_folder_that_macos_keeps_from_programs(
     for place in (library, library / "My.photoslibrary"):
         with pytest.raises(fv.ImageError, match=r"Operation not permitted.*Privacy & Security"):
             find_pictures([str(place)], recursive=recursive)
+
+
+def test_a_folder_inside_that_macos_keeps_from_programs_is_left_out_aloud(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does with Photo Booth's, which would else stop every run over ~/Pictures."""
+    (library / "Photo Booth Library").mkdir()
+    scandir, code = os.scandir, errno.EPERM
+
+    def guarded(path: str) -> Any:
+        if path.endswith("Photo Booth Library"):
+            raise PermissionError(code, os.strerror(code), path)
+        return scandir(path)
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("os.scandir", guarded)
+    names, told = _found(library, "", recursive=True)
+    assert names == ["a.jpg", "trip/b.heic"]
+    (line,) = (line for line in told if "Booth" in line)
+    assert line.startswith("left out: ") and "Privacy & Security" in line
+    code = errno.EACCES  # a folder of somebody else: not macOS's doing
+    with pytest.raises(fv.ImageError, match="Booth Library cannot be listed"):
+        _found(library, "", recursive=True)
 
 
 def test_a_home_that_the_shell_left_to_us(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
