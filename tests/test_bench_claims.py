@@ -326,3 +326,14 @@ def test_bad_options_are_option_errors() -> None:
         begin(chosen(["6.9x"]), "int8", None)
     with pytest.raises(OptionError, match="Unknown language model 'GPT'"):
         language.LayerStack("GPT", mx.float32)
+
+
+def test_slow_pieces_are_repeated_less() -> None:
+    budget = Budget(memory=None, flops_per_second=1e12, item_bytes=4, total_seconds=30, repeat=5)
+    assert [claims_plan._repeats(seconds, budget) for seconds in (0.0, 1, 6, 10, 31)] == [
+        5,
+        5,
+        5,
+        3,
+        1,
+    ]

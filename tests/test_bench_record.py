@@ -23,6 +23,7 @@ from fastvlm_mlx.benchmarks.record import (
     write_record,
 )
 from fastvlm_mlx.benchmarks.summary import drift_of, summarize
+from fastvlm_mlx.benchmarks.tables import rows
 from fastvlm_mlx.errors import BenchmarkError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +173,8 @@ def test_a_machine_that_heats_up_is_noticed_and_noise_is_not() -> None:
     assert drift_of([0.1] * 5) is None, "too few to tell"
     little = drift_of(np.linspace(1, 1.015, 20).tolist())
     assert little is not None and little.change > 0 and not little.flagged, "below 2%"
+    shown = [rows(a_measurement(seconds={"tower": tuple(t)})) for t in (warming, noisy(1))]
+    assert ["drift" in str(table) for table in shown] == [True, False]
 
 
 def test_drift_is_of_the_headline() -> None:

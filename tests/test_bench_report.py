@@ -10,6 +10,7 @@ from fastvlm_mlx.benchmarks.paper import FIGURE_1A
 from fastvlm_mlx.benchmarks.record import Conditions, Record, Skipped, Subject
 from fastvlm_mlx.benchmarks.reporting.contents import compose
 from fastvlm_mlx.benchmarks.reporting.document import Document
+from fastvlm_mlx.benchmarks.reporting.latency import sizes_of
 from fastvlm_mlx.benchmarks.reporting.markdown import to_markdown
 from fastvlm_mlx.benchmarks.reporting.nano import read_evaluation
 from fastvlm_mlx.benchmarks.reporting.plots import Ratios
@@ -313,3 +314,11 @@ def test_the_limit_is_drawn_under_the_encoder_it_belongs_to(full: Record) -> Non
     names = {s.name for s in document.sections}
     assert "latency-2" not in names, "a roofline record is no run of its own"
     assert len(section(document, "roofline").tables) == 2, "sizes of one machine stand together"
+
+
+def test_sizes_are_those_of_this_library() -> None:
+    record = a_record(
+        measured("encoder", 512, {"tower": (0.25,)}),
+        measured("encoder", 2048, {"tower": (0.25,)}, implementation="ViT-L/14"),
+    )
+    assert sizes_of(record, "encoder") == [512]

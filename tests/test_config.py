@@ -76,6 +76,7 @@ def test_native_config(tied: dict[str, bool]) -> None:
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"num_key_value_heads": 3}, "do not divide"),
         ({"vision_config": {"embed_dims": [96, 192, 384, 768, 1000]}}, "twice the one before"),

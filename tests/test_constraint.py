@@ -94,6 +94,9 @@ def test_what_max_tokens_cut_is_never_passed_as_whole(vlm: fv.FastVLM, picture: 
     whole = vlm.ask(image, "Who?", json_schema=PERSON, max_tokens=80)
     count = len(whole.tokens)
     exact = vlm.ask(image, "Who?", json_schema=PERSON, max_tokens=count)
+    two = {"type": "array", "prefixItems": [{"const": 1}, {"const": "b"}], "minItems": 2}
+    listed = vlm.ask(image, "Who?", json_schema={**two, "items": False}, max_tokens=80)
+    assert listed.text == json.dumps([1, "b"]), "written as Python does"
     assert (exact.text, exact.finish_reason) == (whole.text, "stop")
     cut = vlm.ask(image, "Who?", json_schema=PERSON, max_tokens=count - 1)
     assert cut.finish_reason == "length"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -14,8 +15,10 @@ import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.dialects import Dialect
 from fastvlm_mlx.checkpoint.loading import examine_checkpoint, load_checkpoint
 from fastvlm_mlx.checkpoint.quantized import Quantization
+from fastvlm_mlx.checkpoint.tensors import TensorRef
 from fastvlm_mlx.convert.conversion import Conversion, Options, convert_checkpoint
 from fastvlm_mlx.convert.plan import describe
+from fastvlm_mlx.convert.planning import choose_dtypes
 from fastvlm_mlx.convert.streaming import dequantize, quantize
 from fastvlm_mlx.model import flat_parameters
 from fastvlm_mlx.testing import random_checkpoint
@@ -245,6 +248,13 @@ def test_shards_and_the_plan_tell_the_same_bytes(tiny: Path, tmp_path: Path) -> 
     assert all(f.stat().st_size < 600_000 + 20_000 for f in files)
     _convert(tiny, tmp_path / "one", bits=4)
     _same(_weights(tmp_path / "out"), _weights(tmp_path / "one"))
+
+
+def test_apples_layout_takes_the_commonest_type() -> None:
+    kinds = ["BF16", "F32", "F32", "I64", "I64", "I64"]
+    refs = {str(n): TensorRef(kind, (1,), lambda: mx.zeros(1)) for n, kind in enumerate(kinds)}
+    source: Any = SimpleNamespace(refs=refs)
+    assert choose_dtypes(source, Options(fuse_only=True)) == ("float32", "float32")
 
 
 def test_the_report_the_card_and_the_licence(tiny: Path, tmp_path: Path) -> None:

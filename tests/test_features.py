@@ -352,6 +352,16 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert link.is_symlink() and read_saved(file, "thing")[1] == {"n": 1}
 
 
+def test_tiles_are_not_taken_for_the_overview_they_share(load: Load, picture: np.ndarray) -> None:
+    vlm = load(image_size=64)
+    sizes = [
+        vlm.encode(picture, tiles=tiles).tokens.shape[0]
+        for tiles in ((1, 1), (2, 2), (1, 2), (1, 1), (2, 2))
+    ]
+    assert sizes == [1, 5, 3, 1, 5]
+    assert len(vlm.runs) == 3  # type: ignore[attr-defined]
+
+
 def test_the_folder_is_bounded(tmp_path: Path) -> None:
     tokens = mx.zeros((64, 64))
     cache = fv.FeatureCache(folder=tmp_path, memory_bytes=0, disk_bytes=200_000)

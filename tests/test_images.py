@@ -727,6 +727,12 @@ def test_private_addresses_are_refused_unless_allowed(server: str) -> None:
     assert len(Handler.hosts) == seen
 
 
+def test_redirects_are_followed_five_times(server: str) -> None:
+    Handler.hosts.clear()
+    refusal(server + "/loop", allow_private_urls=True)
+    assert len(Handler.hosts) == 6
+
+
 def test_redirects_are_checked_too(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "_is_public", lambda address: address == "127.0.0.1")
     assert load_image(server + "/once").size == (3, 2)
