@@ -26,6 +26,8 @@ __all__ = [
 
 
 SEEING = "Looking at the picture"
+_PATIENCE = 1.0
+"""Seconds that a person waits without a word."""
 
 
 def say(line: str) -> None:
@@ -110,7 +112,7 @@ def loading_progress() -> Iterator[Callable[[int, int], None] | None]:
         task = bar.add_task("load", total=None, visible=False)
 
         def update(done: int, total: int) -> None:
-            late = time.monotonic() - started > 1.0
+            late = time.monotonic() - started > _PATIENCE
             bar.update(task, completed=done, total=total, visible=late)
 
         yield update
@@ -125,7 +127,7 @@ def waiting(what: str) -> Iterator[None]:
     from rich.console import Console
 
     status = Console(stderr=True).status(what)
-    late = threading.Timer(1.0, status.start)
+    late = threading.Timer(_PATIENCE, status.start)
     late.start()
     try:
         yield
