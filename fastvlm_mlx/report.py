@@ -30,7 +30,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     types = sorted({ref.dtype for ref in source.refs.values()})
     return {
         "dialect": source.dialect.value + (", training form" if source.training_form else ""),
-        "written by": source.metadata.get("source", "-"),
+        "made from": source.metadata.get("source", "-"),
         "encoder": f"{counts['vision'] / 1e6:.1f} M parameters, depths {list(vision.layers)}, "
         f"widths {list(vision.dims)}",
         "image size": f"{vision.image_size} x {vision.image_size} = {config.image_tokens} tokens",

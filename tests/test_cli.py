@@ -177,7 +177,12 @@ def test_a_broken_picture_does_not_stop_the_others(tiny: Path, photo: Path, tmp_
     result = run("caption", broken, photo, "-m", tiny, "--max-tokens", "2", "--json")
     assert result.returncode == 1
     assert "broken.jpg" in one_line(result)
-    assert json.loads(result.stdout)["image"] == str(photo)
+    failed, captioned = map(json.loads, result.stdout.splitlines())
+    assert failed["image"] == str(broken) and "text" not in failed
+    assert "not an image" in failed["error"] and "error" not in captioned
+    assert captioned["image"] == str(photo)
+    plain = run("caption", broken, photo, "-m", tiny, "--max-tokens", "2")
+    assert plain.stdout.count(b"\n") == 1, "a failure is no answer"
 
 
 @pytest.mark.parametrize(

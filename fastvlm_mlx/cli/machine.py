@@ -41,7 +41,7 @@ def doctor(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check this machine: device, MLX, BLAS, compiler, operations in use, Hub.
+    """Check this machine: device, MLX, BLAS, compiler, operations, Hub.
 
     With --model, its encoder is run on this device in the forms in use and in plain ones, at full
     size and with its own weights, and compared stage by stage; exit code 1 if they differ.

@@ -129,7 +129,7 @@ def caption_each(
                 if kept.error is not None:
                     named = kept.error.startswith(name)
                     bar.say(kept.error if named else f"{name}: {kept.error}")
-                elif not many.keeps:
+                if not many.keeps and (printing.as_json or kept.error is None):
                     _print(name, kept, printing.as_json)
                 if printing.stats and kept.answer:
                     print_stats(kept.answer)
