@@ -16,7 +16,7 @@ from fastvlm_mlx.benchmarks.record import (
 from fastvlm_mlx.benchmarks.reporting.document import Document, Section
 
 PARTS = ("load_image", "preprocess", "encode", "prefill", "first_token")
-SIZES = Path(__file__).resolve().parents[1] / "training/nano/results/sizes-400-scenes.json"
+SIZES = Path(__file__).resolve().parents[1] / "training/nano/results/sizes-1000-scenes.json"
 
 
 def measured(kind: str, size: int | None, seconds: dict[str, Any], **more: Any) -> Measurement:

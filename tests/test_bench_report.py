@@ -13,7 +13,7 @@ from fastvlm_mlx.benchmarks.reporting.document import Document
 from fastvlm_mlx.benchmarks.reporting.latency import sizes_of
 from fastvlm_mlx.benchmarks.reporting.markdown import to_markdown
 from fastvlm_mlx.benchmarks.reporting.nano import read_evaluation
-from fastvlm_mlx.benchmarks.reporting.plots import Ratios
+from fastvlm_mlx.benchmarks.reporting.plots import Bars, Ratios
 from fastvlm_mlx.benchmarks.reporting.words import duration, milliseconds
 from tests.records import PARTS, SIZES, a_record, encoder, full_record, measured, rows, section
 
@@ -223,6 +223,28 @@ def test_peers_are_set_beside_this_library() -> None:
     assert section(document, "peers").tables[0].rows == (
         ("mlx-vlm 0.7.10", "encoder", "512 px", "250 (250 to 250)", "100 (90.0 to 120)", ratio),
     )
+
+
+def test_peers_are_grouped_by_what_was_measured() -> None:
+    names = ("fastvlm-mlx", "mlx-vlm 0.7.10", "transformers 5.23.0")
+    document = compose(
+        [
+            a_record(
+                *(
+                    measured(kind, 512, {part: (seconds,) * 3}, implementation=name)
+                    for seconds, name in enumerate(names, start=1)
+                    for kind, part in (("encoder", "tower"), ("ttft", "felt"))
+                )
+            )
+        ]
+    )
+    peers = section(document, "peers")
+    assert isinstance(peers.plot, Bars)
+    assert [bar.label.split(",")[0] for bar in peers.plot.bars] == ["encoder"] * 3 + [
+        "TTFT as felt"
+    ] * 3
+    assert [row[1] for row in peers.tables[0].rows] == ["TTFT as felt"] * 2 + ["encoder"] * 2
+    assert peers.plot.x_label == "median and all that was seen", "three repeats give no interval"
 
 
 def claims_record() -> Record:
