@@ -112,16 +112,28 @@ def count(
 
 @app.command()
 def compare(
-    before: Annotated[Path, typer.Argument(metavar="A", help="A record, from --json.")],
-    after: Annotated[Path, typer.Argument(metavar="B", help="The record to hold against it.")],
+    records: Annotated[
+        list[Path],
+        typer.Argument(metavar="A B [A2 B2 ...]", help="Records from --json, before and after."),
+    ],
 ) -> None:
-    """Which medians differ between two records by more than noise."""
+    """Which medians differ between records by more than noise.
+
+    Two starts of the same program can differ, too. With further pairs, taken in turn, a change
+    is told only where every pair shows it.
+    """
     prepare_mlx()
-    from .comparison import compare_records
+    from fastvlm_mlx.errors import OptionError
+
+    from .comparison import compare_pairs
     from .record import read_record
     from .tables import comparison_lines
 
-    print(*comparison_lines(compare_records(read_record(before), read_record(after))), sep="\n")
+    if len(records) % 2:
+        raise OptionError(f"got {len(records)} records; expected pairs, before and after.")
+    read = [read_record(path) for path in records]
+    pairs = list(zip(read[::2], read[1::2], strict=True))
+    print(*comparison_lines(compare_pairs(pairs)), sep="\n")
 
 
 @app.command()

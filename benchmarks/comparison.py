@@ -2,12 +2,16 @@
 
 Per measurement a two-sided rank test (Mann-Whitney, its distribution from shuffles), corrected for
 the number of measurements (Holm), and the ratio of medians with its bootstrap interval. All random
-numbers have a fixed seed: the same two files always give the same answer.
+numbers have a fixed seed: the same files always give the same answer.
+
+Repeats share the luck of their process: where its memory lies, what the machine does just then.
+Several pairs of records tell that from a change, which every one of them shows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ from numpy.typing import NDArray
 from .record import Measurement, Operation, Record
 from .summary import CONFIDENCE
 
-__all__ = ["Change", "Comparison", "compare_records", "compare_times"]
+__all__ = ["Change", "Comparison", "compare_pairs", "compare_records", "compare_times"]
 
 Floats = NDArray[np.float64]
 
@@ -66,6 +70,8 @@ class Comparison:
     """Measurements that only one of them has."""
     too_few: bool
     """Some have so few repeats that no difference could be found."""
+    pairs: int = 1
+    """Of records, each with starts of its own."""
 
 
 def compare_records(before: Record, after: Record) -> Comparison:
@@ -94,6 +100,46 @@ def compare_records(before: Record, after: Record) -> Comparison:
         ),
         any(_least_p(len(a), len(b)) * len(raw) >= _LEVEL for *_, a, b in raw),
     )
+
+
+def compare_pairs(pairs: Sequence[tuple[Record, Record]]) -> Comparison:
+    """Several pairs (before, after) as one: a change is one that every pair shows.
+
+    Ratio and medians are the pairs' geometric means; the interval holds all of theirs; p is the
+    largest, and 1 where the verdicts are not the same.
+    """
+    found = [compare_records(*pair) for pair in pairs]
+    if len(found) == 1:
+        return found[0]
+    by_key = [{_key(change): change for change in one.changes} for one in found]
+    changes = []
+    for key in by_key[0]:
+        if all(key in one for one in by_key):
+            same = [one[key] for one in by_key]
+            agreed = len({change.verdict for change in same}) == 1
+            changes.append(
+                replace(
+                    same[0],
+                    before=geometric_mean([change.before for change in same]),
+                    after=geometric_mean([change.after for change in same]),
+                    ratio=geometric_mean([change.ratio for change in same]),
+                    low=min(change.low for change in same),
+                    high=max(change.high for change in same),
+                    p=max(change.p for change in same) if agreed else 1.0,
+                )
+            )
+    return Comparison(
+        tuple(changes),
+        tuple(dict.fromkeys(line for one in found for line in one.differences)),
+        tuple(dict.fromkeys(line for one in found for line in one.unmatched)),
+        any(one.too_few for one in found),
+        len(found),
+    )
+
+
+def _key(change: Change) -> tuple[Any, ...]:
+    where = (change.kind, change.implementation, change.image_size, change.prompt_tokens)
+    return (*where, change.part)
 
 
 def compare_times(

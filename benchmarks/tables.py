@@ -155,6 +155,10 @@ def comparison_lines(comparison: Comparison) -> list[str]:
         lines.append("Nothing was measured in both records.")
     elif all(c.verdict == "no difference" for c in comparison.changes):
         lines.append("No difference.")
+    elif comparison.pairs == 1:
+        lines.append(
+            "Starts of one program can differ as well: another pair, compare A B A2 B2, tells."
+        )
     return lines
 
 

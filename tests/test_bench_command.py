@@ -76,6 +76,7 @@ def test_compare_with_itself_and_with_a_planted_slow_down(tmp_path: Path) -> Non
         (["roofline", "--random", "nano", "--size", "100"], 2, "size is 100"),
         (["count", "--size", "100"], 2, "size is 100"),
         (["compare", "missing.json", "missing.json"], 1, "Cannot read missing.json"),
+        (["compare", "a.json", "b.json", "c.json"], 2, "expected pairs"),
         (["compare", "BAD", "BAD"], 1, "is not JSON"),
         (["compare", "OLD", "OLD"], 1, "version 0"),
     ],

@@ -5,7 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fastvlm_mlx.benchmarks.comparison import _holm, compare_records, compare_times
+from fastvlm_mlx.benchmarks.comparison import (
+    _holm,
+    compare_pairs,
+    compare_records,
+    compare_times,
+)
 from fastvlm_mlx.benchmarks.record import Measurement, Operation, Record
 from tests.test_bench_record import a_measurement, a_record
 
@@ -53,6 +58,47 @@ def test_two_runs_of_the_same_are_rarely_told_apart() -> None:
         for s in range(40)
     ]
     assert sum(wrong) <= 4, "any of fifteen, at the 5% level"
+
+
+def start(seed: int, slower: float = 1.0) -> Record:
+    """A run in a process of its own, whose luck (5%) is shared by all its repeats."""
+    luck = np.random.default_rng(seed).normal(0, 0.05)
+    return run(seed, slower * float(np.exp(luck)))
+
+
+def told(*pairs: tuple[Record, Record]) -> set[str]:
+    return {c.verdict for c in compare_pairs(pairs).changes} - {"no difference"}
+
+
+def test_further_starts_tell_luck_from_change() -> None:
+    alone = [told((start(s), start(s + 1000))) for s in range(40)]
+    assert sum(map(bool, alone)) > 15, "one pair takes luck for a change"
+    three = [
+        told(*((start(s + n), start(s + n + 1000)) for n in (0, 2000, 4000))) for s in range(40)
+    ]
+    assert sum(map(bool, three)) <= 8
+    slower = [
+        told(*((start(s + n), start(s + n + 1000, 1.25)) for n in (0, 2000, 4000)))
+        for s in range(20)
+    ]
+    assert sum("slower" in found for found in slower) >= 15
+
+
+def test_pairs_are_one_comparison() -> None:
+    pairs = [(run(0), run(1, 1.2)), (run(2), run(3, 1.3))]
+    both, alone = compare_pairs(pairs), [compare_records(*pair).changes[0] for pair in pairs]
+    assert both.pairs == 2 and len(both.changes) == 15
+    change = both.changes[0]
+    assert change.ratio == pytest.approx((alone[0].ratio * alone[1].ratio) ** 0.5)
+    assert (change.low, change.high) == (
+        min(c.low for c in alone), max(c.high for c in alone)
+    )  # fmt: skip
+    assert change.p == max(c.p for c in alone) < 0.05 and change.verdict == "slower"
+    against = compare_pairs([pairs[0], pairs[1][::-1]])
+    assert {c.verdict for c in against.changes} == {"no difference"}
+    assert compare_pairs(pairs[:1]).changes == compare_records(*pairs[0]).changes
+    only = dataclasses.replace(run(2), measurements=run(2).measurements[:1])
+    assert len(compare_pairs([pairs[0], (only, only)]).changes) == 1
 
 
 def test_the_interval_holds_the_true_ratio() -> None:
