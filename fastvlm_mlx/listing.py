@@ -79,16 +79,25 @@ def _in_folder(folder: str, recursive: bool, notice: Notice) -> Iterator[str]:
 
 
 def _matching(pattern: str, notice: Notice) -> list[str]:
-    # An accented letter is one character or two; macOS stores what an application happened to use.
-    forms = dict.fromkeys((pattern, *(unicodedata.normalize(f, pattern) for f in ("NFC", "NFD"))))
-    for form in forms:
-        matches = sorted(filter(_is_picture, glob.glob(form, recursive=True)))  # noqa: PTH207
-        libraries = {} if _library_of(form) else {name: _library_of(name) for name in matches}
-        for library in sorted({found for found in libraries.values() if found}):
-            notice(_left_out(library))
-        if kept := [name for name in matches if not libraries.get(name)]:
-            return kept
-    return []
+    # An accented letter is one character or two; macOS stores what an application happened to use,
+    # so that one folder may hold both.
+    forms = {pattern, *(unicodedata.normalize(form, pattern) for form in ("NFC", "NFD"))}
+    found = {name for form in forms for name in glob.glob(form, recursive=True)}  # noqa: PTH207
+    once = {_spelled(name): name for name in sorted(filter(_is_picture, found), reverse=True)}
+    matches = sorted(once.values())
+    libraries = {} if _library_of(pattern) else {name: _library_of(name) for name in matches}
+    for library in sorted({found for found in libraries.values() if found}):
+        notice(_left_out(library))
+    return [name for name in matches if not libraries.get(name)]
+
+
+def _spelled(name: str) -> tuple[object, ...]:
+    """Equal for two spellings of one file: a folder in a pattern may be found by both."""
+    try:
+        status = os.stat(name)  # noqa: PTH116
+    except OSError:
+        return (name,)
+    return unicodedata.normalize("NFC", name), status.st_dev, status.st_ino
 
 
 def _is_picture(name: str) -> bool:

@@ -164,6 +164,9 @@ def test_pickles_are_fetched_where_there_is_nothing_else(
     direct = run("caption", photo, "-m", tiny, "--max-tokens", "3", "--dtype", "float32")
     assert answer.stdout == direct.stdout
     assert not any(line.endswith("training_args.bin") for line in hub.asked)
+    fresh = hub.environment(tmp_path / "other home")
+    told = run("info", REPOSITORY, env=fresh)
+    assert told.returncode == 0 and b"Downloading" in told.stderr, "whole, and said so"
 
 
 def test_info_downloads_no_weights(hub: Hub, photo: Path, tiny: Path) -> None:

@@ -423,3 +423,15 @@ def test_patterns_find_accents_in_either_form(tmp_path: Path) -> None:
     (tmp_path / "Z\u00fcrich 1.jpg").touch()
     for typed in ("Caf\u00e9*", "Cafe\u0301*", "Z\u00fcrich*", "Zu\u0308rich*"):
         assert len(find_pictures([str(tmp_path / typed)])) == 1
+    (tmp_path / "Caf\u00e9 2.jpg").touch()  # a folder may hold both, and neither is left out
+    for typed in ("Caf\u00e9*", "Cafe\u0301*"):
+        assert len(find_pictures([str(tmp_path / typed)])) == 2
+
+
+def test_a_file_found_under_both_spellings_is_one(tmp_path: Path) -> None:
+    """As where the file system takes both for the same folder."""
+    (tmp_path / "Caf\u00e9").mkdir()
+    (tmp_path / "Cafe\u0301").symlink_to(tmp_path / "Caf\u00e9")
+    (tmp_path / "Caf\u00e9" / "a.jpg").touch()
+    (tmp_path / "Caf\u00e9" / "b.jpg").touch()
+    assert len(find_pictures([str(tmp_path / "Caf\u00e9" / "*.jpg")])) == 2

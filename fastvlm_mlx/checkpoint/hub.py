@@ -37,11 +37,13 @@ def fetch_model(repository: str, revision: str | None, announce: Announce | None
         raise _hub_error(repository, error) from error
 
 
-def fetch_headers(repository: str, revision: str | None, target: Path) -> Path:
+def fetch_headers(
+    repository: str, revision: str | None, announce: Announce | None, target: Path
+) -> Path:
     """A directory that can be examined but not loaded; `target` is empty, for its use.
 
     Of safetensors files only the headers are fetched, with a hole where the weights would be.
-    A model in the cache, or one of pickles, is returned whole. Raises HubError.
+    A model in the cache is returned whole, one of pickles is fetched whole. Raises HubError.
     """
     # Imported here: it costs 0.2 s that a local checkpoint does not need.
     from huggingface_hub import HfFileSystem
@@ -53,7 +55,7 @@ def fetch_headers(repository: str, revision: str | None, target: Path) -> Path:
         wanted = _wanted(sizes)
         headers = [name for name in wanted if name.endswith(".safetensors")]
         if not headers:
-            return _download(repository, revision, wanted)
+            return fetch_model(repository, revision, announce)
         folder = _download(repository, revision, [name for name in wanted if name not in headers])
         for small in folder.iterdir():
             shutil.copy(small, target)
@@ -69,7 +71,9 @@ def fetch_headers(repository: str, revision: str | None, target: Path) -> Path:
                 file.write(length + remote.read(count))
                 file.truncate(sizes[name])
         return target
-    except Exception as error:  # the client's own HTTP library differs between its releases
+    except HubError:
+        raise
+    except Exception as error:  # as above
         raise _hub_error(repository, error) from error
 
 

@@ -141,9 +141,7 @@ def weight_bytes(
         elif ref.dtype in ("U32", "U8"):
             total += count * (4 if ref.dtype == "U32" else 1)
         elif quantize is not None and len(ref.shape) == 2:
-            total += (
-                count * (quantize + 0.5) / 8
-            )  # 64 weights have a scale and a bias, 16 bits each
+            total += count * (quantize + 0.5) / 8  # 64 weights share two numbers of 16 bits
         else:
             total += count * dtype.size
     return round(total)

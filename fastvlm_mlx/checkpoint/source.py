@@ -30,9 +30,10 @@ def checkpoint_folder(
 ) -> Iterator[Path]:
     """A directory with the files of `source`, for as long as the context lasts.
 
-    `announce` gets one line before a download (size and licence). With `headers_only` no weights
-    are downloaded: the directory then serves for `examine_checkpoint` alone. Raises CheckpointError
-    for paths and zips, HubError for the Hub, OptionError for a revision of what is not on the Hub.
+    `announce` gets one line before a download (size and licence). With `headers_only` no
+    safetensors are downloaded: the directory then serves for `examine_checkpoint` alone. Raises
+    CheckpointError for paths and zips, HubError for the Hub, OptionError for a revision of what is
+    not on the Hub.
     """
     text = os.fspath(source)
     path = Path(text).expanduser()
@@ -58,7 +59,7 @@ def checkpoint_folder(
             yield fetch_model(text, revision, announce)
             return
         with tempfile.TemporaryDirectory(prefix="fastvlm-") as temporary:
-            yield fetch_headers(text, revision, Path(temporary))
+            yield fetch_headers(text, revision, announce, Path(temporary))
     else:
         raise CheckpointError(
             f"No checkpoint at {text!r}: expected a directory, a .zip, a Hub id such as "

@@ -18,13 +18,13 @@ def info(
 ) -> None:
     """Show what a checkpoint is: dialect, architecture, sizes, memory.
 
-    Reads no weights, and downloads none: of a model on the Hub it fetches the headers.
+    Reads no weights. Of a model on the Hub it fetches headers only, but .bin files whole.
     """
     prepare_mlx()
     from ..checkpoint.source import checkpoint_folder
     from ..report import describe_checkpoint
 
-    with checkpoint_folder(model, headers_only=True) as folder:
+    with checkpoint_folder(model, announce=say, headers_only=True) as folder:
         print_facts(describe_checkpoint(folder), as_json)
 
 
